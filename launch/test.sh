@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The tests from nothing: bash launch/test.sh [--all] [pytest arguments]
 # Makes .venv, installs the project with PyTorch for the parity tests, checks the code's form, and runs the suite on 8
-# simulated devices; then a smoke test on the newest Python that is found, with the newest JAX that pyproject.toml allows.
+# simulated devices; then a smoke test on the newest Python that is found, with its newer JAX (constraints.txt).
 # --all: the long drills too, a type check, and the whole suite on both Pythons.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -11,11 +11,12 @@ all=""
 if [ "${1:-}" = --all ]; then all=yes; shift; fi
 if [ -x .venv/bin/python ] && [ -z "${PYTHON:-}" ]; then python=.venv/bin/python; else python="$(choose_python)"; fi
 second="$(find_python 3.13 3.12 || true)"
-# Pages are looked at in a browser by --all alone.
-install_project .venv "$python" "test,parity${all:+,browser}"
+# The long tests look at pages in a browser, build the documentation and run the notebooks.
+install_project .venv "$python" "test,parity${all:+,browser,docs}"
 # libtpu compiles for TPUs that are not there (tests/plan/test_budget.py). Beside the environment and not in it: JAX asks
-# it for a TPU wherever it is installed. The version is that of the extra `tpu`; without it that test is skipped.
-if [ ! -d .libtpu/libtpu ]; then
+# it for a TPU wherever it is installed. The version is that of the extra `tpu` of 3.11's JAX; without it that test is
+# skipped.
+if [ ! -d .libtpu/libtpu ] && [ "$(version_of .venv/bin/python)" = 3.11 ]; then
     .venv/bin/python -m pip install -qq --no-input --disable-pip-version-check --no-deps --target .libtpu \
         libtpu==0.0.42.1 </dev/null >/dev/null 2>&1 || say "no libtpu for this machine: nothing is compiled for a TPU"
 fi

@@ -25,6 +25,17 @@ find_python() {
     return 1
 }
 
+# Stops with the package that is missing if an interpreter of one of our versions runs but cannot make environments.
+refuse_without_venv() {
+    local version
+    version="$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null </dev/null || true)"
+    case "$version" in
+        3.11 | 3.12 | 3.13)
+            fail "$(command -v "$1") is Python $version without the modules venv and ensurepip; on Debian or Ubuntu:" \
+                "apt install python$version-venv" ;;
+    esac
+}
+
 # Prints the interpreter to use for the main environment, or stops with one line.
 choose_python() {
     local version
@@ -32,16 +43,22 @@ choose_python() {
         version="$(version_of "$PYTHON")"
         case "$version" in
             3.11 | 3.12 | 3.13) command -v "$PYTHON" ;;
-            "") fail "PYTHON=$PYTHON does not run or lacks the modules venv and ensurepip; expected 3.11, 3.12 or 3.13" ;;
+            "") refuse_without_venv "$PYTHON"
+                fail "PYTHON=$PYTHON does not run, or has no modules venv and ensurepip; expected 3.11, 3.12 or 3.13" ;;
             *) fail "PYTHON=$PYTHON is Python $version; expected 3.11, 3.12 or 3.13" ;;
         esac
         return
     fi
-    find_python 3.11 3.12 3.13 || fail "no Python 3.11, 3.12 or 3.13 with the modules venv and ensurepip was found (python3:" \
-        "$(python3 -V 2>&1 || echo none)); install one, or name one: PYTHON=/path/to/python bash $0"
+    find_python 3.11 3.12 3.13 && return
+    # Debian and Ubuntu keep these modules in a package of their own.
+    for version in 3.13 3.12 3.11; do refuse_without_venv "python$version"; done
+    refuse_without_venv python3
+    fail "no Python 3.11, 3.12 or 3.13 was found (python3: $(python3 -V 2>&1 || echo none));" \
+        "install one, or name one: PYTHON=/path/to/python bash $0"
 }
 
-# install_project VENV PYTHON EXTRAS: VENV holds the project afterwards, with the EXTRAS ("" or "test,parity").
+# install_project VENV PYTHON EXTRAS: VENV holds the project afterwards, with the EXTRAS ("" or "test,parity"), in the
+# versions of constraints.txt.
 # What was installed is written down, which makes the second time quick.
 install_project() {
     local venv="$1" python="$2" extras="$3" log="$1/install.log" part
@@ -67,11 +84,11 @@ is_installed() {
 }
 
 pip_install() {
-    "$1/bin/python" -m pip install -qq --no-input --disable-pip-version-check --prefer-binary \
+    "$1/bin/python" -m pip install -qq --no-input --disable-pip-version-check --prefer-binary -c constraints.txt \
         -e ".${2:+[$2]}" </dev/null
 }
 
-# What decides whether an installation is still right: the project file, and where the checkout lies.
+# What decides whether an installation is still right: the project file, the versions, and where the checkout lies.
 stamp() {
-    { cat pyproject.toml; pwd; } | cksum | tr ' ' '-'
+    { cat pyproject.toml constraints.txt; pwd; } | cksum | tr ' ' '-'
 }

@@ -421,6 +421,9 @@ def run_bench(args) -> dict:
 
 
 def run_plan(args) -> dict:
+    if args.search and args.alone:
+        raise ConfigError("--alone with --search: expected one of them; a search is for a grid's trainings")
+    run = resolved(args)
     from medcg_jax.plan import search
     from medcg_jax.plan import text as plan_text
     from medcg_jax.plan import verb as plan
@@ -428,11 +431,9 @@ def run_plan(args) -> dict:
     from medcg_jax.study.run import dry
     from medcg_jax.train.start import with_sizes
 
-    run = with_sizes(resolved(args))
+    run = with_sizes(run)
     common = {"full_effort": args.full_effort, "memory_bytes": args.memory_gib * (1 << 30)}
     if args.search:
-        if args.alone:
-            raise ConfigError("--alone with --search: expected one of them; a search is for a grid's trainings")
         ranking = search.search(run, args.topology, most_compiles=args.compiles, **common)
         print(search.table(ranking))
         return ranking

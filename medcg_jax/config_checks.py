@@ -197,8 +197,8 @@ def profile_steps(text: str, num_steps: int) -> tuple[int, int]:
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         close = difflib.get_close_matches(str(value), choices, n=2)
-        hint = f"did you mean {' or '.join(close)}? " if close else ""
-        raise ConfigError(f"{name}={value!r}: {hint}expected one of {', '.join(choices)}")
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ConfigError(f"{name}={value!r}: expected one of {', '.join(choices)}{hint}")
 
 
 def within(name: str, value: float, least: float, most: float) -> None:

@@ -111,6 +111,39 @@ def test_a_wrong_path_is_one_line_at_once(refusals, name):
     assert not heavy and seconds < MOST_S
 
 
+# Refusals that need JAX: of devices, of a topology, of what the data hold.
+LATE = {
+    "train": (["train", PHANTOM, "--config.data.subsets=ct-brain-stat"], "did you mean ct-brain-state"),
+    "eval": (["eval", PHANTOM, "--config.model.checkpoint=none"], "there are no weights"),
+    "bench": (["bench", PHANTOM, "--config.mesh.fsdp=3"], "needs a multiple of 3 devices"),
+    "plan": (["plan", PHANTOM, "--topology=nothing"], "topology=nothing: expected local, v4|v5e"),
+    "convert": (["convert", "tree", "out"], "tree holds no checkpoint"),
+}
+
+
+@pytest.mark.parametrize("verb", LATE)
+def test_a_later_refusal_loads_no_statistics_and_no_decoders(verb, folder):
+    argv, message = LATE[verb]
+    program = (
+        "import json, sys, time; from medcg_jax.cli import main; status = main(sys.argv[1:])\n"
+        "slow = {'statsmodels', 'pandas', 'matplotlib', 'torch', 'scipy.stats', 'scipy.fft', 'pydicom'}\n"
+        "print(json.dumps([status, sorted(slow & set(sys.modules)), time.process_time()]))"
+    )
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "XLA_FLAGS": ""}  # one device
+    done = subprocess.run(
+        [sys.executable, "-c", program, *argv],
+        cwd=folder,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    status, slow, seconds = json.loads(done.stdout.splitlines()[-1])
+    assert status == 2 and message in done.stderr and not slow
+    # Processes of `bench` count apart; the rest takes half of this on a machine that has nothing else to do.
+    assert seconds < MOST_S
+
+
 def test_nothing_is_left_of_a_refusal(refusals, folder):
     assert sorted(path.name for path in folder.iterdir()) == ["llava", "prepared", "trained", "tree"]
 

@@ -119,17 +119,6 @@ class _Header:
     num_frames: int
 
 
-def is_dicom(file: BinaryIO) -> bool:
-    """Whether a file opened at its start has DICOM's mark, or begins with DICOM's file header without the preamble.
-
-    The mark decides, whatever the preamble holds: some files are also TIFF. A data set without any header does not count,
-    since it cannot be told from other bytes.
-    """
-    start = file.read(132)
-    file.seek(0)
-    return start[128:] == b"DICM" or start.startswith(b"\x02\x00\x00\x00UL\x04\x00")
-
-
 def read_dicom(file: BinaryIO, max_pixels: int, reading: Reading) -> tuple[np.ndarray, str]:
     """uint8[h, w, 3] of one frame, and how it was made, such as "DICOM window 40/400 of the file, frame 3 of 12".
 

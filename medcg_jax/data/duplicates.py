@@ -15,9 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from scipy.fft import dctn
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from medcg_jax.data.images import ImageError, load_image, opened
 
@@ -93,6 +90,8 @@ def perceptual_hash(image: np.ndarray) -> bytes:
     (`oriented`). Source: `imagehash.phash`, after Zauner, Implementation and Benchmarking of Perceptual Image Hash
     Functions (2010), with 0 in place of the median.
     """
+    from scipy.fft import dctn  # most runs hash no image, and start half a second faster without it
+
     small = Image.fromarray(image).convert("L").resize((_SIDE_PX, _SIDE_PX), Image.Resampling.LANCZOS)
     grey = np.asarray(small, np.float64)
     if grey.std() < BLANK_SD:
@@ -229,6 +228,9 @@ def _ties(digests: Iterable[bytes]) -> np.ndarray:
 
 def _components(number: int, ties: Sequence[np.ndarray]) -> np.ndarray:
     """int[number]: the connected component of each index."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     a, b = np.concatenate(ties).T
     graph = coo_array((np.ones(len(a), bool), (a, b)), shape=(number, number))
     return connected_components(graph, directed=False)[1]

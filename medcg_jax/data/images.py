@@ -19,7 +19,6 @@ from typing import BinaryIO, Literal, cast
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
-from medcg_jax.data.dicom import dicom_size, is_dicom, read_dicom
 from medcg_jax.data.reading import (
     PERCENTILES,
     ImageError,
@@ -71,6 +70,17 @@ _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _DEEP = "16-bit colours, range 0 to 65535"
 
 
+def is_dicom(file: BinaryIO) -> bool:
+    """Whether a file opened at its start has DICOM's mark, or begins with DICOM's file header without the preamble.
+
+    The mark decides, whatever the preamble holds: some files are also TIFF. A data set without any header does not count,
+    since it cannot be told from other bytes.
+    """
+    start = file.read(132)
+    file.seek(0)
+    return start[128:] == b"DICM" or start.startswith(b"\x02\x00\x00\x00UL\x04\x00")
+
+
 def load_image(source: str | Path | bytes | BinaryIO, max_pixels: int, reading: Reading = Reading()) -> np.ndarray:
     """uint8[h, w, 3] RGB, upright, decoded by content, not name; a view for greys. See `read_image`."""
     return read_image(source, max_pixels, reading)[0]
@@ -96,6 +106,8 @@ def read_image(
     try:
         with opened(source) as file:
             if is_dicom(file):
+                from medcg_jax.data.dicom import read_dicom  # with pydicom and its plugins half a second
+
                 return read_dicom(_bounded(file), max_pixels, reading)
             with _open_plain(file, max_pixels) as image:
                 return read_opened(image, reading)
@@ -138,6 +150,8 @@ def image_size(source: str | Path | bytes | BinaryIO, max_pixels: int) -> tuple[
     try:
         with opened(source) as file:
             if is_dicom(file):
+                from medcg_jax.data.dicom import dicom_size
+
                 return dicom_size(_bounded(file), max_pixels)
             with _open_plain(file, max_pixels) as image:
                 # Only for TIFF Pillow gives the size after turning upright.

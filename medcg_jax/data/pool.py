@@ -18,8 +18,8 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# The fork server imports this module once, so that workers start quickly.
-PRELOADED = "medcg_jax.data.prepare"
+# The fork server imports these once, so that workers start quickly; the last two are imported at their first use.
+PRELOADED = ["medcg_jax.data.prepare", "medcg_jax.data.dicom", "scipy.fft"]
 
 # `lambda items, total: tqdm(items, total=total)`, or nothing.
 Progress = Callable[[Iterable, int], Iterable]
@@ -52,7 +52,7 @@ def over(
         return
     # Not plain fork: it would copy locks held by threads of JAX or Grain.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([PRELOADED])
+    context.set_forkserver_preload(PRELOADED)
     start = partial(_Worker, context, function, max_seconds, max_bytes)
     waiting = deque((first, items[first : first + chunk]) for first in range(0, len(items), chunk))
     results: dict[int, Result] = {}

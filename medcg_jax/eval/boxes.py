@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import bootstrap
 
 from medcg_jax.eval.predictions import MAX_ANSWER_BYTES, check_text, field, wilson
 from medcg_jax.files import write_whole
@@ -141,6 +140,8 @@ def ratio_interval(top: np.ndarray, bottom: np.ndarray, level: float = 0.95) -> 
     """
     if len(top) < 2 or not np.sum(bottom):
         return 0.0, 1.0
+    from scipy.stats import bootstrap  # slow to import, and needed for a test's summary alone
+
     drawn = bootstrap(
         (top, bottom), _ratio, paired=True, vectorized=True, method="percentile", confidence_level=level,
         n_resamples=BOOTSTRAP_DRAWS, batch=1000, rng=np.random.default_rng(0),

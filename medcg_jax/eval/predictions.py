@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from statsmodels.stats.proportion import proportion_confint
 
 from medcg_jax.eval.generation import LETTERS, parse_answer
 from medcg_jax.files import write_whole
@@ -198,4 +197,9 @@ def baselines(predictions: Sequence[Prediction]) -> dict:
 @functools.lru_cache(1 << 14)
 def wilson(correct: float, n: int, level: float = 0.95) -> tuple[float, float]:
     """Wilson's interval of an accuracy, as fractions; (0, 1) if n is 0."""
-    return proportion_confint(correct, n, alpha=1 - level, method="wilson") if n else (0.0, 1.0)
+    if not n:
+        return 0.0, 1.0
+    # With pandas and scipy.stats it takes a second, which a refusal and an answer should not wait for.
+    from statsmodels.stats.proportion import proportion_confint
+
+    return proportion_confint(correct, n, alpha=1 - level, method="wilson")

@@ -302,7 +302,7 @@ REFUSED = {
         ("text_config.rope_parameters.rope_type", "yarn", "'default' or 'linear' or 'llama3'"),
         ("text_config.rope_scaling.type", "dynamic", "'default' or 'linear' or 'llama3'"),
         ("text_config.rope_scaling.partial_rotary_factor", 0.5, "1.0"),
-        ("text_config.model_type", "mistral", "'llama' or 'llava' or 'llava_llama'"),
+        ("text_config.model_type", "qwen2", "'llama' or 'llava' or 'llava_llama'"),
         ("projector_hidden_act", "prelu", ACTS), ("vision_feature_select_strategy", "cls", "'default' or 'full'"),
         ("vision_feature_layer", [-2, -5], "one layer"),
     ],

@@ -14,6 +14,7 @@ TOOLS = ("basename", "bash", "cat", "cksum", "cp", "dirname", "env", "grep", "he
 FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in
     "-c "*"venv, ensurepip"*) {has_venv} && echo {version} || exit 1 ;;
+    "-c "*"%d.%d"*) echo {version} ;;
     "-c "*) echo "Python {version}" ;;
     "-V") echo "Python {version}.9" ;;
     "-m venv --clear "*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
@@ -29,7 +30,8 @@ class Machine:
         self.root, self.checkout, self.bin = root, root / "checkout", root / "bin"
         self.calls_file = root / "calls"
         shutil.copytree(ROOT / "launch", self.checkout / "launch")
-        shutil.copy(ROOT / "pyproject.toml", self.checkout)
+        for name in ("pyproject.toml", "constraints.txt"):
+            shutil.copy(ROOT / name, self.checkout)
         self.bin.mkdir()
         for tool in TOOLS:
             (self.bin / tool).symlink_to(shutil.which(tool))
@@ -69,17 +71,19 @@ def test_demo_makes_installs_and_runs(machine):
     done = machine.run("demo.sh")
     assert done.returncode == 0, done.stderr
     assert installs(machine) == ["."]
+    assert all("-c constraints.txt" in call for call in machine.calls() if "pip install" in call)
     workdir = machine.checkout / "runs" / "demo"
     assert machine.calls()[-1] == f"-m medcg_jax.cli reproduce --config=configs/phantom.py --workdir={workdir}"
     assert done.stdout.splitlines()[-1].endswith(f"{workdir}/report/index.html")
 
 
-def test_the_second_demo_installs_nothing_and_a_changed_project_file_installs_again(machine):
+@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
+def test_the_second_demo_installs_nothing_and_a_changed_file_installs_again(machine, name):
     machine.add_python("python3.11", "3.11")
     machine.run("demo.sh")
     machine.run("demo.sh")
     assert len(installs(machine)) == 1
-    with (machine.checkout / "pyproject.toml").open("a") as file:
+    with (machine.checkout / name).open("a") as file:
         file.write("\n# changed\n")
     machine.run("demo.sh", str(machine.root / "elsewhere"))
     assert len(installs(machine)) == 2
@@ -119,6 +123,17 @@ def test_a_python_without_venv_is_passed_over_and_pyenvs_are_found(machine):
     assert f"making .venv with {found}" in done.stdout
 
 
+@pytest.mark.parametrize("name", ["python3.13", "python3", "mine"])
+def test_a_python_without_venv_alone_says_what_to_install(machine, name):
+    path = machine.add_python(name, "3.13", has_venv=False)
+    done = machine.run("demo.sh", **({"PYTHON": str(path)} if name == "mine" else {}))
+    assert done.returncode == 1 and not machine.calls()
+    assert done.stderr.splitlines() == [
+        f"demo.sh: {path} is Python 3.13 without the modules venv and ensurepip; on Debian or Ubuntu: "
+        "apt install python3.13-venv"
+    ]
+
+
 def test_a_failed_installation_is_said_and_tried_again_next_time(machine):
     machine.add_python("python3.11", "3.11", pip="echo 'ERROR: no network' >&2; exit 1")
     done = machine.run("demo.sh")
@@ -132,6 +147,14 @@ def test_a_failed_installation_is_said_and_tried_again_next_time(machine):
 
 def pytest_calls(machine: Machine) -> list[str]:
     return [call for call in machine.calls() if "-m pytest" in call]
+
+
+def test_a_machine_with_the_newest_python_alone(machine):
+    machine.add_python("python3.13", "3.13")
+    done = machine.run("test.sh")
+    assert done.returncode == 0 and "no second run" in done.stdout, done.stderr
+    assert installs(machine) == [".[test,parity]"] and len(pytest_calls(machine)) == 1
+    assert not any("libtpu" in call for call in machine.calls())
 
 
 @pytest.mark.parametrize("newest", ["3.12", "3.13"])

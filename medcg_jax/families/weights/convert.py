@@ -168,7 +168,8 @@ def open_checkpoint(src: Path, parts: Mapping[str, Path] = NO_PARTS) -> Checkpoi
         raise WeightsError(
             f"{src} holds no checkpoint (neither config.json nor {MODEL_FILE}); accepted: a directory with "
             "llava-hf/llava-1.5-7b-hf, llava-hf/llava-1.5-13b-hf or liuhaotian/llava-v1.5-7b from the Hugging Face hub "
-            "(or that name itself, which is then fetched), or what `medcg convert` wrote"
+            f"(its name is accepted too, or `hf download llava-hf/llava-1.5-7b-hf --local-dir {src}` first), or what "
+            "`medcg convert` wrote"
         )
     return _open_release(src, stated, parts)
 

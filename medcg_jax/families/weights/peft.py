@@ -194,7 +194,7 @@ def export_peft(family, params, config, dst: Path, *, base: str = "") -> int:
     """
     if config.lora is None:
         raise WeightsError(
-            "the parameters have no adapters; expected those of a run with model.lora_rank above 0, or --to=hf"
+            "there are no adapters here; expected parameters of a run with model.lora_rank above 0, or --to=hf"
         )
     params = {name: value for name, value in _by_part(params).items() if name in PEFT_PARTS}
     table = peft_entries(family, config, params)
