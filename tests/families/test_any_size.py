@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -44,17 +43,32 @@ def wider(family: str):
     """A family's tiny model with the ids of its packaged tokenizer and other widths, which no size has."""
     name = registry.family(family).tiny[0]
     config = model_config(ModelConfig(name), load_tokenizer("", registry.family(family).tokenizer))
-    # A released config.json of NExT-Chat gives the ids of its tokens by its number of rows alone.
-    rows = config.box_token_id + 1 if family == "next_chat" else config.text.vocab_size
-    text = dataclasses.replace(config.text, mlp_dim=144, vocab_size=rows)
-    return dataclasses.replace(config, text=text)
+    ids = {}
+    if family == "next_chat":  # its config.json gives the ids of its tokens by its number of rows alone
+        last = len(json.loads(SMALL.with_stem("next_chat").read_text())["model"]["vocab"]) - 1
+        config = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=last + 1))
+        ids = {"image_token_id": last - 4, "at_token_id": last - 1, "box_token_id": last}
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, mlp_dim=144), **ids)
+
+
+def tokenizer_of(family: str) -> str:
+    """The packaged tokenizer; of NExT-Chat with its five tokens behind all others, as in the release."""
+    text = SMALL.with_stem(registry.family(family).tokenizer).read_text()
+    if family != "next_chat":
+        return text
+    about = json.loads(text)
+    pieces = about["model"]["vocab"]  # an id is a place in this list
+    order = [*range(3), *range(8, len(pieces)), *range(3, 8)]
+    about["model"]["vocab"] = [pieces[i] for i in order]
+    about["added_tokens"] = [token | {"id": order.index(token["id"])} for token in about["added_tokens"]]
+    return json.dumps(about)
 
 
 def release(family: str, folder: Path) -> str:
     """A release of `wider`, whole, with its tokenizer."""
     config = wider(family)
     export(random_params(config), config, folder)
-    shutil.copy(SMALL.with_stem(registry.family(family).tokenizer), folder / "tokenizer.json")
+    (folder / "tokenizer.json").write_text(tokenizer_of(family))
     return str(folder)
 
 
