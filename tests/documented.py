@@ -27,7 +27,7 @@ NOT_RUN = {
     r"medcg bench .*--against=torch": "minutes",
     r"medcg reproduce --config=configs/(table3|backbones_quick|phantom).py(:study|:null)? [^:]*--workdir=runs/\w+$": "hours",
     r"bash launch/(demo|test|bench_gpu).sh": "minutes, or a GPU",
-    r"python -m benchmarks.": "minutes",
+    r"python -m (benchmarks|pytest|tests\b)": "the checkout, and minutes",
     r"python -m sphinx": "the checkout; tests/test_docs.py builds the site",
 }
 
