@@ -157,7 +157,7 @@ class ModelConfig:
     intermediate_from: str = setting("", choices=("", "input", "output"))
     # Llama-3.2-Vision: whether tokens before every image do not attend to it, as in Meta's model.
     mask_text_only_rows_attention: bool = False
-    # Layers per iteration of the scan over blocks; 0: all on a CPU (12 to 25 % faster there), 1 elsewhere.
+    # Layers per iteration of the scan over blocks; 0: on a CPU all of a short stack (12 to 25 % faster there), else 1.
     scan_unroll: int = setting(0, least=0, most=1000, unit="layers", free=True)
     # Qwen2-VL enlarges smaller images to at least so many; 0: the value of the model's size.
     min_pixels: int = setting(0, least=0, most=MOST_STEPS, unit="pixels")

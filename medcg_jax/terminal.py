@@ -1,9 +1,18 @@
-"""What stands on the terminal beside a result: durations in words, and how much is shown (`--quiet`, `--verbose`)."""
+"""What stands on the terminal beside a result: durations in words, how much is shown (`--quiet`, `--verbose`), and that
+long work still goes on."""
 
-from collections.abc import Iterable
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 QUIET, PLAIN, VERBOSE = range(3)
+# Seconds between two lines that say that work goes on.
+BEAT_S = 8.0
 _shown = PLAIN
+# When a line of progress was last printed, by `time.monotonic`.
+_said_at = 0.0
 
 
 def show(amount: int) -> None:
@@ -36,6 +45,37 @@ def duration(seconds: float) -> str:
     if hours < 48:
         return " ".join(f"{number} {unit}" for number, unit in ((minutes // 60, "h"), (minutes % 60, "min")) if number)
     return " ".join(f"{number} {unit}" for number, unit in ((hours // 24, "d"), (hours % 24, "h")) if number)
+
+
+def said() -> None:
+    """Call after a line of progress: `doing` is then silent for a while."""
+    global _said_at
+    _said_at = time.monotonic()
+
+
+@contextmanager
+def doing(work: str) -> Iterator[None]:
+    """While the block runs, a line on stderr whenever no progress was shown for `BEAT_S` seconds: "loading the weights,
+    16 s"; none with `QUIET`. Starts a thread, so it is for work as a whole and not for its steps."""
+    if not shows_progress():
+        yield
+        return
+    began, ended = time.monotonic(), threading.Event()
+    said()
+
+    def beat() -> None:
+        while not ended.wait(max(0.1, _said_at + BEAT_S - time.monotonic())):
+            if time.monotonic() - _said_at >= BEAT_S:
+                print(f"{work}, {duration(time.monotonic() - began)}", file=sys.stderr, flush=True)
+                said()
+
+    thread = threading.Thread(target=beat, name="beat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def bar(items: Iterable, total: int, name: str) -> Iterable:

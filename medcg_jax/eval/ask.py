@@ -50,8 +50,6 @@ from medcg_jax.train.sanity import check_sees, check_token_ids, check_tokens, ha
 MAX_NEW_TOKENS = 128
 # A prompt is padded to a multiple of this, so that another question seldom needs another program.
 ROW_MULTIPLE = 64
-# A model of more parameters is in bfloat16 unless asked otherwise: in float32 these take 2 GB.
-MOST_IN_FLOAT32 = 500_000_000
 # Colour of a drawn box, and of the edge that sets it off from any image.
 BOX_COLOUR, EDGE_COLOUR = (255, 210, 0), (0, 0, 0)
 
@@ -389,7 +387,7 @@ def with_dtype(config: Config, dtype: str) -> Config:
         if config.base.dtype in QUANTIZED:
             dtype = config.base.dtype
         else:
-            many = build.num_params(build.abstract(config)[1]) > MOST_IN_FLOAT32
+            many = build.num_params(build.abstract(config)[1]) > build.MOST_IN_FLOAT32
             dtype = "bfloat16" if many else "float32"
     if dtype not in BASE_DTYPES:
         raise ConfigError(f"dtype={dtype!r}; expected {', '.join(BASE_DTYPES)}")

@@ -18,9 +18,12 @@ from medcg_jax.data.tokenizer import load_tokenizer
 from medcg_jax.eval import boxes, grounding, letters, predictions, trained_with
 from medcg_jax.eval.boxes import BoxAnswer
 from medcg_jax.eval.predictions import Prediction
+from medcg_jax.families import build
 from medcg_jax.families.build import shardings
 from medcg_jax.families.weights.files import has_tokenizer
 from medcg_jax.mesh import batch_sharding, check_batch, local_rows, put_batch, replicated
+from medcg_jax.nn.base import Base
+from medcg_jax.terminal import doing
 from medcg_jax.train.checkpoint import load_params
 from medcg_jax.train.preempt import sigterm_saves
 from medcg_jax.train.sanity import check_sees, has_closed_gates
@@ -198,17 +201,19 @@ def evaluate_subsets(config: RunConfig, workdir: Path) -> dict:
     config = with_checkpoint(config)
     directory = trained_with.parameters_of(config, workdir)
     trained_with.check_same(config, directory)
-    setup = open_setup(config, trained=trained if trained.is_dir() else None)
+    setup = held_for_tests(open_setup(config, trained=trained if trained.is_dir() else None))
     check_tokenizer(setup, directory)
     for text in trained_with.lines(config, directory):
         print(text)
-    graphdef, params = parameters(setup, trained)
+    with doing(f"loading {directory}"):
+        graphdef, params = parameters(setup, trained)
     test = Tester(setup, graphdef)
     names = subset_names(setup.source, config.data)
     summaries = {}
     for name in names:
         has_boxes, records = setup.has_boxes(name), setup.source.records(name, "test")
-        answers = test(params, setup.encode_boxes(records) if has_boxes else setup.encode_eval(records))
+        with doing(f"testing {name}, {len(records)} records"):
+            answers = test(params, setup.encode_boxes(records) if has_boxes else setup.encode_eval(records))
         if jax.process_index() == 0:
             write_tested(workdir, name, answers)
         summaries[name] = boxes.summary(answers) if has_boxes else scores_of(answers)
@@ -216,6 +221,20 @@ def evaluate_subsets(config: RunConfig, workdir: Path) -> dict:
     folders = [str(path) for name in ("predictions", "boxes") if (path := workdir / name).is_dir()]
     print(f"every answer: {', '.join(folders)}")
     return {"workdir": str(workdir), "subsets": summaries}
+
+
+def held_for_tests(setup: Setup) -> Setup:
+    """The setup with a large model's parameters in bfloat16, in which it computes: no test needs them in float32.
+
+    Prints a line where the configuration says nothing of it. Trained parts are held so too.
+    """
+    config = setup.model
+    if config.base.dtype != "float32" or config.compute_dtype != "bfloat16":
+        return setup
+    if build.num_params(build.abstract(config)[1]) <= build.MOST_IN_FLOAT32:
+        return setup
+    print("parameters are held in bfloat16, in which they are computed with")
+    return dataclasses.replace(setup, model=dataclasses.replace(config, base=Base("bfloat16")))
 
 
 def scores_of(answers: Sequence[Prediction]) -> dict:

@@ -31,6 +31,8 @@ TINY = {name: getattr(family.model, name) for family in registry.families() for 
 # `create` quantises a stack of at least so many numbers (256 MiB in float32) before it makes the next.
 ALONE_NUMBERS = 1 << 26
 Config = FamilyConfig
+# A model of more parameters that is not trained is held in bfloat16 unless asked otherwise: in float32 these take 2 GB.
+MOST_IN_FLOAT32 = 500_000_000
 
 
 def architecture(model, *, vocab_size: int | None = None, **ids: int | None) -> Config:

@@ -15,6 +15,8 @@ from medcg_jax.nn.lora import adapted
 from medcg_jax.nn.quant import cast
 from medcg_jax.nn.rope import Angles, rotate
 
+# Layers that a CPU compiles at once within seconds.
+MOST_UNROLLED = 12
 # Name in the config -> policy of `jax.checkpoint` ("none": no checkpoint at all).
 REMAT_POLICIES = {
     "none": None,
@@ -156,5 +158,7 @@ def run_stack(blocks: nnx.Module, body, x: jax.Array, per_layer=None, *, unroll:
 
 
 def layers_at_once(num_layers: int, unroll: int) -> int:
-    """Layers in one iteration of a scan over a stack. unroll: `ModelConfig.scan_unroll`; 0: all on CPU, 1 elsewhere."""
-    return min(unroll or (num_layers if platform() == "cpu" else 1), num_layers)
+    """Layers in one iteration of a scan over a stack. unroll: `ModelConfig.scan_unroll`; 0: all of a short stack on a CPU,
+    else 1: thirty layers at once take minutes to compile."""
+    is_quick = platform() == "cpu" and num_layers <= MOST_UNROLLED
+    return min(unroll or (num_layers if is_quick else 1), num_layers)

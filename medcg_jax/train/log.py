@@ -14,7 +14,7 @@ import jax
 
 from medcg_jax.config import ConfigError
 from medcg_jax.files import write_whole
-from medcg_jax.terminal import duration, install, shows_progress
+from medcg_jax.terminal import duration, install, said, shows_progress
 from medcg_jax.untrusted import FileError, check_number, read_text
 
 METRICS = ("step", "loss", "lr", "grad_norm", "samples_per_s", "tokens_per_s", "mfu", "data_wait")
@@ -189,6 +189,7 @@ class Progress:
         elif done >= self._total or time.monotonic() - self._printed_at >= PLAIN_LINE_EVERY_S:
             self._printed_at = time.monotonic()
             print(f"{self._label}: step {done}/{self._total}, {text}", file=self._stream, flush=True)
+            said()
         self._done = done
 
     def _left(self, done: int) -> str:

@@ -20,6 +20,7 @@ from medcg_jax.data.sources import subset_names
 from medcg_jax.families.build import abstract, num_bytes, shardings, split_trainable
 from medcg_jax.mesh import local_rows
 from medcg_jax.nn.base import Base
+from medcg_jax.terminal import doing
 from medcg_jax.train import checkpoint, goodput
 from medcg_jax.train.log import StepTrace, WandbTarget, keep_programs, load_wandb
 from medcg_jax.train.loop import RunSpec, fit, loop_options
@@ -135,18 +136,19 @@ def _train(run: RunConfig, workdir: Path, clock: goodput.Goodput) -> dict:
         # Absent if no record is left out, so that checkpoints of versions without the field still match.
         config=identity(run) | ({"left_out": sorted(out)} if out else {}),
     )
-    state, result = fit(
-        program,
-        trainable,
-        frozen,
-        spec,
-        label=run.name,
-        peak_flops=peak_flops(setup.mesh),
-        goodput=clock,
-        trace=trace,
-        keep_start=False,
-        **loop_options(run.train),
-    )
+    with doing(f"{run.name}: compiling and training"):
+        state, result = fit(
+            program,
+            trainable,
+            frozen,
+            spec,
+            label=run.name,
+            peak_flops=peak_flops(setup.mesh),
+            goodput=clock,
+            trace=trace,
+            keep_start=False,
+            **loop_options(run.train),
+        )
     saved, base = to_keep(setup, state.params, frozen, run.model.checkpoint)
     meta = {"config": spec.config, **result.metrics}
     checkpoint.save_params(workdir / "params", saved, setup.model, meta, trained_on=base, beside=setup.companions)

@@ -28,6 +28,7 @@ from medcg_jax.families.weights.convert import load_checkpoint
 from medcg_jax.families.weights.files import has_tokenizer
 from medcg_jax.families.weights.kind import check_family, check_weights
 from medcg_jax.mesh import check_batches, make_mesh, num_shards
+from medcg_jax.terminal import doing
 from medcg_jax.train.losses import mask_loss
 from medcg_jax.train.sanity import check_token_ids, check_tokens, pixel_keys
 from medcg_jax.train.start import check_architecture, checkpoint_dir, weights_dir
@@ -201,7 +202,8 @@ def start_params(setup: Setup, *, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
     with jax.set_mesh(setup.mesh):
         if directory is None:
             return create(setup.model, setup.mesh, seed=seed)
-        return load_checkpoint(directory, setup.model, setup.mesh, seed=seed)
+        with doing(f"loading {directory}"):
+            return load_checkpoint(directory, setup.model, setup.mesh, seed=seed)
 
 
 def to_keep(setup: Setup, trained: nnx.State, frozen: nnx.State, base: str) -> tuple[nnx.State, str]:

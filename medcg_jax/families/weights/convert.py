@@ -29,6 +29,7 @@ from medcg_jax.families.weights.llava import is_original
 from medcg_jax.families.weights.processor import write_processor
 from medcg_jax.families.weights.tables import Index
 from medcg_jax.nn.base import Base
+from medcg_jax.terminal import doing
 
 MODEL_FILE, CARD = "model.json", "README.md"
 PARAMS_DIR = "params"
@@ -342,7 +343,7 @@ def convert(
     params = checkpoint.trained_leaves() if to == "peft" and trained else checkpoint.leaves()
     beside = [src, *([checkpoint.base().src] if trained and to == "hf" else [])]
     family = module_of(config)
-    with written_whole(dst) as new:
+    with written_whole(dst) as new, doing(f"writing {dst}"):
         copy_companions([*beside, *([checkpoint.below.src] if checkpoint.below else [])], new)
         if to == "peft":
             num_tensors = peft.export_peft(family, params, config, new, base=checkpoint.trained_on)
