@@ -234,7 +234,9 @@ def started(args: argparse.Namespace, run: RunConfig) -> Iterator[None]:
         if processes.is_first():
             if terminal.shows_details():
                 print(flags_line, flush=True)
-            yield
+            # A grid tells its own progress.
+            with terminal.beating(f"medcg {args.verb}") if args.verb != "reproduce" else nullcontext():
+                yield
         else:
             with open(os.devnull, "w") as nothing, redirect_stdout(nothing):
                 yield
@@ -290,11 +292,12 @@ def run_convert(args) -> dict:
 
     src, parts = resolve(args.src), {name: resolve(path) for name in RELEASE_PARTS if (path := getattr(args, name))}
     training, recipe = training_of(src), recipe_of(src)
-    return convert(
-        src, Path(args.dst), to=args.to, parts=parts, ids=ids_beside(src), system_prompt=training.system_prompt,
-        card=lambda checkpoint: model_card(checkpoint, training, args.to),
-        meta=(META_FILE, json.dumps(recipe, indent=1) + "\n") if recipe else None,
-    )  # fmt: skip
+    with terminal.beating("medcg convert"):
+        return convert(
+            src, Path(args.dst), to=args.to, parts=parts, ids=ids_beside(src), system_prompt=training.system_prompt,
+            card=lambda checkpoint: model_card(checkpoint, training, args.to),
+            meta=(META_FILE, json.dumps(recipe, indent=1) + "\n") if recipe else None,
+        )  # fmt: skip
 
 
 def run_parity(args) -> dict:

@@ -13,6 +13,8 @@ BEAT_S = 8.0
 _shown = PLAIN
 # When a line of progress was last printed, by `time.monotonic`.
 _said_at = 0.0
+# (what goes on, since when by `time.monotonic`), the innermost last.
+_works: list[tuple[str, float]] = []
 
 
 def show(amount: int) -> None:
@@ -48,34 +50,46 @@ def duration(seconds: float) -> str:
 
 
 def said() -> None:
-    """Call after a line of progress: `doing` is then silent for a while."""
+    """Call after a line of progress: `beating` is then silent for a while."""
     global _said_at
     _said_at = time.monotonic()
 
 
 @contextmanager
-def doing(work: str) -> Iterator[None]:
-    """While the block runs, a line on stderr whenever no progress was shown for `BEAT_S` seconds: "loading the weights,
-    16 s"; none with `QUIET`. Starts a thread, so it is for work as a whole and not for its steps."""
+def beating(verb: str) -> Iterator[None]:
+    """While the block runs, a line on stderr whenever no progress was shown for `BEAT_S` seconds, with the work that goes
+    on (`doing`): "loading the weights, 16 s"; none with `QUIET`."""
     if not shows_progress():
         yield
         return
-    began, ended = time.monotonic(), threading.Event()
+    ended = threading.Event()
     said()
 
     def beat() -> None:
         while not ended.wait(max(0.1, _said_at + BEAT_S - time.monotonic())):
             if time.monotonic() - _said_at >= BEAT_S:
-                print(f"{work}, {duration(time.monotonic() - began)}", file=sys.stderr, flush=True)
+                work, began = _works[-1]
+                print(f"{work}, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
                 said()
 
     thread = threading.Thread(target=beat, name="beat", daemon=True)
-    thread.start()
+    with doing(verb):
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+
+@contextmanager
+def doing(work: str) -> Iterator[None]:
+    """Names the work of the block for `beating`, which tells it if it takes long."""
+    _works.append((work, time.monotonic()))
     try:
         yield
     finally:
-        ended.set()
-        thread.join()
+        _works.pop()
 
 
 def bar(items: Iterable, total: int, name: str) -> Iterable:
