@@ -44,6 +44,12 @@ FLAGS = (
         "XLA ends a process whose simulated devices do not meet within 40 s, as on cores that others use too",
         "xla/debug_options_flags.cc (40 by default)",
     ),
+    Flag(
+        "xla_disable_hlo_passes", "while-loop-invariant-code-motion", "cpu",
+        "XLA multiplies bfloat16 in float32 on a CPU, and would convert all layers of a scan before it, in twice their "
+        "memory: a test of two records took 27.6 GiB beside 13.2 of LLaVA-1.5-7B's weights, and takes 2.3",
+        "`medcg plan --topology=local` with the pass and without; xla/debug_options_flags.cc",
+    ),
 )  # fmt: skip
 
 
