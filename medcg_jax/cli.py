@@ -33,6 +33,8 @@ RELEASE_PARTS = {
     "minigpt": "MiniGPT-v2's own .pth, where it does not lie beside SRC",
     "sam": "sam_vit_h_4b8939.pth, where NExT-Chat's SRC holds no SAM",
 }
+# Of --json: to standard output.
+STDOUT = "-"
 # Verbs whose run several processes may share.
 SEVERAL_PROCESSES = ("train", "eval", "reproduce")
 # Errors of a wrong path.
@@ -48,10 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         verb = args.verb
         quiet, verbose = getattr(args, "quiet", False), getattr(args, "verbose", False)
         terminal.show(terminal.QUIET if quiet else terminal.VERBOSE if verbose else terminal.PLAIN)
-        result = args.run(args)
+        # The result alone goes to a pipe.
+        with redirect_stdout(sys.stderr) if args.json == STDOUT else nullcontext():
+            result = args.run(args)
         status = result.pop("exit_status", 0)
         if args.json and processes.is_first():
-            write_whole(args.json, json.dumps(result, indent=1) + "\n")
+            text = json.dumps(result, indent=1) + "\n"
+            print(text, end="") if args.json == STDOUT else write_whole(args.json, text)
         processes.finish()
         return status
     except (ConfigError, DataError, *WRONG_PATHS) as error:
@@ -90,7 +95,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     Raises:
       ConfigError: an unknown verb or flag, a flag without its value, or a path in a home folder that is not there.
     """
-    args, unread = parser().parse_known_args(argv)
+    verbs = parser()
+    if argv and argv[0].startswith("--") and argv[0] not in verbs._option_string_actions:
+        raise unknown_flag(argv[0], verbs, False)
+    args, unread = verbs.parse_known_args(argv)
     for name, value in vars(args).items():  # every text that begins with ~ is a path
         if isinstance(value, str):
             setattr(args, name, user_path(value, name))
@@ -287,10 +295,13 @@ def run_convert(args) -> dict:
     from medcg_jax.eval.card import model_card, training_of
     from medcg_jax.families.weights.convert import convert
     from medcg_jax.families.weights.hub import resolve
+    from medcg_jax.train.checkpoint import check_whole
     from medcg_jax.train.meta import META_FILE, recipe_of
     from medcg_jax.train.sanity import ids_beside
 
+    read_config_first(args.src)
     src, parts = resolve(args.src), {name: resolve(path) for name in RELEASE_PARTS if (path := getattr(args, name))}
+    check_whole(src)
     training, recipe = training_of(src), recipe_of(src)
     with terminal.beating("medcg convert"):
         return convert(
@@ -300,12 +311,22 @@ def run_convert(args) -> dict:
         )  # fmt: skip
 
 
+def read_config_first(src: str) -> None:
+    """Refuses a repository of the hub with what this port does not compute, before its weights are fetched."""
+    from medcg_jax.families.weights.convert import read_config
+    from medcg_jax.families.weights.hub import is_repository, resolve
+
+    if is_repository(src) and ((folder := resolve(src, weights=False)) / "config.json").is_file():
+        read_config(folder)
+
+
 def run_parity(args) -> dict:
     cli_checks.check_reference(args.src, args.against, args.inputs)
     from medcg_jax.families.weights.hub import resolve
     from medcg_jax.parity.verb import parity
 
     files = {name: Path(getattr(args, name)) for name in ("inputs", "record", "against") if getattr(args, name)}
+    read_config_first(args.src)
     return parity(resolve(args.src), **files)
 
 

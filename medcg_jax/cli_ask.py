@@ -77,6 +77,8 @@ def run_ask(args) -> dict:
     options = inputs.check_options(options) if options else ()
     if args.boxes and (family := family_in(checkpoint)):
         inputs.check_gives_boxes(family)
+    if not args.tokenizer:
+        inputs.check_spelling(checkpoint, [args.question, *options])
     pixels, read_as = inputs.pixels_of(args.image, inputs.read_form(checkpoint, **form))
 
     from medcg_jax import platform
@@ -84,7 +86,7 @@ def run_ask(args) -> dict:
     platform.apply(deterministic=True)
     from medcg_jax.eval import ask
 
-    model = ask.load(checkpoint, dtype=args.dtype, tokenizer=args.tokenizer, base=args.base, **form)
+    model = ask.load(args.checkpoint, dtype=args.dtype, tokenizer=args.tokenizer, base=args.base, **form)
     if options:
         answer = model.choose(pixels, args.question, options)
     elif args.boxes:

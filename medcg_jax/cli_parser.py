@@ -86,7 +86,8 @@ class Version(argparse.Action):
 def add(verbs, name: str, run, text: str) -> Parser:
     """Adds a verb. run: called with its arguments; returns the result, which --json writes. text: its line of help."""
     verb = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
-    verb.add_argument("--json", default="", metavar="FILE", help="also write the result as one JSON object")
+    text = "also write the result as one JSON object; -: to standard output, all else to standard error"
+    verb.add_argument("--json", default="", metavar="FILE", help=text)
     verb.set_defaults(run=run, parser=verb)
     return verb
 

@@ -14,6 +14,8 @@ from medcg_jax.config import ConfigError, ModelConfig, RunConfig, replace
 from medcg_jax.data.records import DataError
 from medcg_jax.data.sources import check_root, open_source
 from medcg_jax.eval import trained_with
+from medcg_jax.families.weights.convert import open_checkpoint
+from medcg_jax.families.weights.hub import resolve
 from medcg_jax.families.weights.kind import check_family, family_in
 from medcg_jax.train.meta import training_config
 
@@ -259,3 +261,35 @@ def test_a_dry_training_checks_its_config_and_starts_nothing(tmp_path, monkeypat
     assert sorted(json.loads(Path("found.json").read_text())["missing"]) == ["data.root", "model.checkpoint"]
     assert main(["train", PHANTOM, "--dry", "--config.train.steps=-1"]) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
+
+
+# ------------------------------------------------------------------ checkpoints
+
+
+def test_a_workdir_stands_for_its_parameters_and_a_folder_of_several_names_them(tmp_path):
+    (tmp_path / "run" / "params").mkdir(parents=True)
+    (tmp_path / "run" / "params" / "model.json").write_text("{}")
+    assert resolve(str(tmp_path / "run")) == tmp_path / "run" / "params"
+    assert family_in(resolve(str(tmp_path / "run" / "params"))) == ""
+    (tmp_path / "bases" / "abc").mkdir(parents=True)
+    (tmp_path / "bases" / "abc" / "model.json").write_text("{}")
+    with pytest.raises(
+        ConfigError, match="of several checkpoints, or of a grid; expected one checkpoint, as one of abc"
+    ):
+        open_checkpoint(tmp_path / "bases")
+    (tmp_path / "grid").mkdir()
+    (tmp_path / "grid" / "config.json").write_text('{"cells": [], "config": {}}')
+    with pytest.raises(ConfigError, match="or of a grid; expected one checkpoint, as weights/CELL in it"):
+        open_checkpoint(tmp_path / "grid")
+
+
+def test_a_flag_before_the_verb_is_nearly_one_that_is_known(capfd):
+    assert main(["--versoin"]) == 2
+    assert "--versoin is not known to `medcg`; did you mean --version?" in capfd.readouterr().err
+
+
+def test_the_result_alone_goes_to_a_pipe(capfd):
+    config = Path(__file__).parent.parent / "configs" / "phantom.py"
+    assert main(["reproduce", f"--config={config}:tiny", "--dry", "--json=-"]) == 0
+    shown = capfd.readouterr()
+    assert json.loads(shown.out)["trainings"] > 0 and "chip-hours" in shown.err

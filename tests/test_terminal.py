@@ -1,6 +1,8 @@
 """Durations in words, and how much is shown."""
 
 import io
+import sys
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -82,3 +84,32 @@ def test_a_bar_tells_the_time_left_in_words(amount, monkeypatch):
     quiet = Terminal()
     monkeypatch.setattr("sys.stderr", quiet)
     assert list(terminal.bar(range(3), 3, "images")) == [0, 1, 2] and quiet.getvalue() == ""
+
+
+def test_long_work_says_that_it_goes_on_and_what_it_is(monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setattr(terminal, "BEAT_S", 0.1)
+    monkeypatch.setattr(terminal, "_shown", terminal.PLAIN)
+
+    def wait_for(line: str) -> None:
+        ends_at = time.monotonic() + 60
+        while line not in shown.getvalue() and time.monotonic() < ends_at:
+            time.sleep(0.02)
+        assert line in shown.getvalue()
+
+    with terminal.beating("medcg eval"):
+        wait_for("medcg eval, 0 s\n")
+        with terminal.doing("loading weights"):
+            wait_for("loading weights, 0 s\n")
+    ended_with = shown.getvalue()
+    time.sleep(0.3)
+    assert shown.getvalue() == ended_with
+
+
+def test_no_beat_where_progress_is_not_shown(capfd, monkeypatch):
+    monkeypatch.setattr(terminal, "BEAT_S", 0.05)
+    monkeypatch.setattr(terminal, "_shown", terminal.QUIET)
+    with terminal.beating("medcg eval"), terminal.doing("loading weights"):
+        time.sleep(0.2)
+    assert not capfd.readouterr().err

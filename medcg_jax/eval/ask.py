@@ -39,6 +39,8 @@ from medcg_jax.families import build, registry
 from medcg_jax.families.build import Config
 from medcg_jax.families.weights.convert import check_same, load_checkpoint, read_config
 from medcg_jax.families.weights.files import WeightsError, has_tokenizer
+from medcg_jax.families.weights.hub import resolve
+from medcg_jax.files import user_path
 from medcg_jax.mesh import make_mesh
 from medcg_jax.nn.base import Base
 from medcg_jax.nn.quant import QUANTIZED
@@ -68,6 +70,7 @@ class Answer:
         rather write something else. None without options.
       boxes: x1, y1, x2, y2 in pixels from the image's top left; () where none was asked for, or none can be read.
       is_whole: whether the model ended its text; False where `max_new_tokens` cut it off.
+      read_as: how the image became 8 bits and which frame of several it is; "" for an ordinary image.
 
     Example:
       >>> from medcg_jax import Answer
@@ -82,6 +85,7 @@ class Answer:
     letter_mass: float | None = None
     boxes: tuple[tuple[float, ...], ...] = ()
     is_whole: bool = True
+    read_as: str = ""
 
     def __str__(self) -> str:
         return self.text
@@ -179,10 +183,11 @@ class Model:
     def generate(self, image: Picture, question: str, *, max_new_tokens: int = MAX_NEW_TOKENS) -> Answer:
         """Free text, generated greedily: always the likeliest next token."""
         check_new_tokens(max_new_tokens)
-        row = self._row(image, check_question(question), max_new_tokens)
+        pixels, read_as = pixels_of(image, self.form)
+        row = self._row(pixels, check_question(question), max_new_tokens)
         # The score of the token that ends a text is only checked.
         _, tokens = self._scores(self._evaluator(max_new_tokens), row, [self._tokenizer.eos_id])
-        return self._text(tokens)
+        return dataclasses.replace(self._text(tokens), read_as=read_as)
 
     def choose(self, image: Picture, question: str, options: Sequence[str]) -> Answer:
         """The option whose letter is the likeliest next token, with the probability of each.
@@ -191,7 +196,8 @@ class Model:
         """
         options = check_options(options)
         asked = choice_question(check_question(question), options, self.form.closing)
-        row = self._row(image, asked)
+        pixels, read_as = pixels_of(image, self.form)
+        row = self._row(pixels, asked)
         ids = self._format.prompts.option_ids(
             self._tokenizer, (Turn(asked, ""),), len(options), system_prompt=self.system_prompt, has_image=True
         )
@@ -201,7 +207,8 @@ class Model:
         # Against the largest, since all of them may be tiny.
         among = np.exp(logprobs.astype(np.float64) - logprobs.max())
         probabilities = dict(zip(options, (among / among.sum()).tolist(), strict=True))
-        return Answer(options[best], LETTERS[best], probabilities, letter_mass=min(1.0, float(shares.sum())))
+        mass = min(1.0, float(shares.sum()))
+        return Answer(options[best], LETTERS[best], probabilities, letter_mass=mass, read_as=read_as)
 
     def locate(self, image: Picture, question: str, *, max_new_tokens: int = MAX_NEW_TOKENS) -> Answer:
         """An answer with boxes, of MiniGPT-v2 and NExT-Chat. MiniGPT-v2 is asked with its tag `[detection]`.
@@ -220,7 +227,7 @@ class Model:
         ask_for, read = self._format.box_question, self._format.read_boxes
         assert ask_for is not None and read is not None, "a family with boxes"
         check_new_tokens(max_new_tokens)
-        pixels, _ = pixels_of(image, self.form)
+        pixels, read_as = pixels_of(image, self.form)
         row = self._row(pixels, ask_for(check_question(question)), max_new_tokens)
         self._scores(self._evaluator(0), row, [self._tokenizer.eos_id])
         if max_new_tokens not in self._locators:
@@ -232,7 +239,7 @@ class Model:
                 max_new_tokens=max_new_tokens,
             )
         output = jax.device_get(self._locators[max_new_tokens](self._params, row))
-        answer = self._text(output["tokens"])
+        answer = dataclasses.replace(self._text(output["tokens"]), read_as=read_as)
         decoded = output["boxes"][0, : output["count"][0]] if "boxes" in output else None
         boxes = read(answer.text, decoded, pixels.shape[:2])
         if boxes is None:
@@ -249,9 +256,8 @@ class Model:
             )  # fmt: skip
         return self._evaluators[num_new]
 
-    def _row(self, image: Picture, question: str, max_new_tokens: int = 0) -> Arrays:
-        """The batch of one prompt: what `data.encoding.Encoded.rows` gives, without options."""
-        pixels, _ = pixels_of(image, self.form)
+    def _row(self, pixels: np.ndarray, question: str, max_new_tokens: int = 0) -> Arrays:
+        """The batch of one prompt: what `data.encoding.Encoded.rows` gives, without options. pixels: uint8[h, w, 3]."""
         fmt, (height, width) = self._format, pixels.shape[:2]
         num_image = fmt.max_image_tokens if fmt.num_image_tokens is None else fmt.num_image_tokens(height, width)
         ids = fmt.prompts.evaluation_prompt(
@@ -329,9 +335,12 @@ def load(
       ('float32', 'cpu')
     """
     path = local_checkpoint(checkpoint)
+    if unknown := sorted(form.keys() - {field.name for field in dataclasses.fields(Form)}):
+        accepted = ", ".join(field.name for field in dataclasses.fields(Form))
+        raise ConfigError(f"load: {unknown[0]} is unknown; accepted: {accepted}")
     wanted = read_form(path, **form)
     keep_programs()
-    below = local_checkpoint(base) if base else None
+    below = resolve(user_path(str(base), "base")) if base else None
     config = architecture(path, below)
     words = tokenizer_of(path, below, tokenizer)
     ids: dict[str, Any] = registry.of(config).token_ids(words)
@@ -339,6 +348,8 @@ def load(
     check_tokens(words, config.family, config)
     check_token_ids(words, config.family, path)
     config = with_dtype(config, dtype)
+    # Of the hub the weights are fetched last.
+    resolve(user_path(str(checkpoint), "checkpoint"))
     mesh = make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         if checksums.are_in(path):
@@ -377,7 +388,9 @@ def tokenizer_of(path: Path, base: Path | None, tokenizer: str | Path) -> Tokeni
         return load_tokenizer(tokenizer)
     beside = next(filter(has_tokenizer, filter(None, (path, base))), None)
     if beside is None:
-        raise ConfigError(f"{path} has no tokenizer.model or tokenizer.json; give one with tokenizer=FILE")
+        raise ConfigError(
+            f"{path} has no tokenizer.model or tokenizer.json; give one with --tokenizer=FILE (Python: tokenizer=FILE)"
+        )
     return load_tokenizer(beside)
 
 

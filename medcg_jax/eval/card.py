@@ -151,7 +151,7 @@ def model_card(checkpoint: Checkpoint, training: Training, to: str) -> str:
             f"The weights of {release} in transformers' layout; the card of that release applies."
         ]
     sections["Limits"] = limit_lines(checkpoint.config, training)
-    sections["Licence"] = licence_lines(base)
+    sections["Licence"] = licence_lines(base, training)
     sections["How it was made, and how to use it"] = use_lines(family, base, to)
     lines = [*front_matter(family, base, to), f"# {title}"]
     for heading, content in sections.items():
@@ -245,12 +245,15 @@ def limit_lines(config, training: Training) -> list[str]:
     return lines
 
 
-def licence_lines(base: str) -> list[str]:
+def licence_lines(base: str, training: Training) -> list[str]:
     start = code(base) if base else "the checkpoint that was started from, if any"
-    return [
-        f"This card grants none. The weights stay under the licence of {start}; the images that they were trained on stay under "
-        "their hosts' terms (`medcg data ledger` lists the hosts), some of which allow research only."
-    ]
+    lines = [f"This card grants none. The weights stay under the licence of {start}."]
+    if training.config and training.config["data"].get("source") != "phantom":
+        lines.append(
+            "The images that they were trained on stay under their hosts' terms (`medcg data ledger` lists the hosts), "
+            "some of which allow research only."
+        )
+    return lines
 
 
 def use_lines(family: registry.Family, base: str, to: str) -> list[str]:

@@ -18,14 +18,14 @@ from medcg_jax.data.images import ImageError, read_image, read_opened
 from medcg_jax.data.questions import CLOSING
 from medcg_jax.data.reading import Reading, check_reading, check_size
 from medcg_jax.data.records import LETTERS, MAX_OPTIONS, DataError
+from medcg_jax.data.tokenizer import load_tokenizer
 from medcg_jax.families import registry
+from medcg_jax.families.weights.files import has_tokenizer
 from medcg_jax.families.weights.hub import resolve
 from medcg_jax.files import user_path
 from medcg_jax.train.meta import META_FILE, read_meta, training_config
 from medcg_jax.untrusted import FileError, shown
 
-# Of a checkpoint: its architecture.
-MODEL_FILE = "model.json"
 # Types of an array's pixels, for messages.
 ARRAYS = "uint8[h, w] or uint8[h, w, 3] with values 0 to 255, or uint16[h, w] with values 0 to 65535"
 
@@ -52,22 +52,20 @@ class Form:
 
 
 def local_checkpoint(name: str | Path) -> Path:
-    """The folder of a checkpoint; one of the Hugging Face hub is fetched. The workdir of `medcg train` stands for the
-    parameters in it.
+    """The folder of a checkpoint (`hub.resolve`); of one on the Hugging Face hub the weights are not fetched yet.
 
     Raises:
       ConfigError: there is no such folder, or as `hub.resolve`.
       RunError: as `hub.resolve`.
     """
-    path = resolve(user_path(str(name), "checkpoint"))
+    path = resolve(user_path(str(name), "checkpoint"), weights=False)
     if not path.is_dir():
         what = "a file" if path.is_file() else "no such folder"
         raise ConfigError(
             f"checkpoint {name}: {what}; expected a folder that `medcg train` or `medcg convert` wrote, or a released "
             "model's (OWNER/NAME of the Hugging Face hub is fetched)"
         )
-    trained = path / "params"
-    return trained if (trained / MODEL_FILE).is_file() and not (path / MODEL_FILE).is_file() else path
+    return path
 
 
 def read_form(checkpoint: Path, **changes: str | int | None) -> Form:
@@ -122,10 +120,12 @@ def pixels_of(image: str | Path | Image.Image | np.ndarray, form: Form) -> tuple
       ImageError: no image, too large, or of a type or depth that is not read; the message names the file.
     """
     if isinstance(image, str | Path):
+        path = user_path(str(image), "image")
         try:
-            return read_image(user_path(str(image), "image"), form.max_pixels, form.reading)
+            pixels, read_as = read_image(path, form.max_pixels, form.reading)
         except ImageError as error:
             raise ImageError(f"{image}: {error}") from error
+        return pixels, read_as or remark_on(path)
     if isinstance(image, np.ndarray):
         image = _picture(image)
     if not isinstance(image, Image.Image):
@@ -137,6 +137,18 @@ def pixels_of(image: str | Path | Image.Image | np.ndarray, form: Form) -> tuple
         raise
     except Exception as error:  # decoders raise nearly anything for broken data
         raise ImageError(f"a PIL.Image that cannot be decoded: {' '.join(str(error).split())[:200]}") from error
+
+
+def remark_on(path: str) -> str:
+    """What of a picture that could be read is not shown: further frames, transparent parts; "" for an ordinary one."""
+    try:
+        with Image.open(path) as picture:
+            number = getattr(picture, "n_frames", 1)
+            alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
+            has_holes = alpha is not None and int(np.asarray(alpha).min()) < 255
+    except Exception:  # no picture of Pillow
+        return ""
+    return ", ".join(filter(None, [f"frame 1 of {number}" * (number > 1), "transparent parts on black" * has_holes]))
 
 
 def _picture(array: np.ndarray) -> Image.Image:
@@ -161,6 +173,15 @@ def check_gives_boxes(family: str) -> None:
     if not registry.family(family).gives_boxes:
         giving = " or ".join(entry.title for entry in registry.families() if entry.gives_boxes)
         raise DataError(f"{registry.family(family).title} gives no boxes; expected a checkpoint of {giving}")
+
+
+def check_spelling(checkpoint: Path, texts: Sequence[str]) -> None:
+    """Raises DataError if a text spells a special token of the tokenizer beside the checkpoint, if there is one."""
+    if not has_tokenizer(checkpoint):
+        return
+    tokenizer = load_tokenizer(checkpoint)
+    for text in texts:
+        tokenizer.encode(text)
 
 
 def check_new_tokens(count: int) -> None:

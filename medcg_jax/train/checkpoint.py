@@ -261,9 +261,8 @@ def load_params(directory: Path, config: Config, mesh: Mesh, *, base: str = "", 
     meta = read_meta(directory)
     if meta is None:
         raise CheckpointError(f"{directory}: {META_FILE} is missing or no JSON; delete the directory to make it anew")
-    why = _first_fault(Path(directory))
-    if why is not None:
-        raise CheckpointError(f"{directory}: parameters are damaged ({why}); delete the directory to make it anew")
+    if (why := _first_fault(Path(directory))) is not None:
+        raise _damaged(directory, why)
     try:
         trained_on = convert.trained_parts(Path(directory))
         parts = {"base": resolve(base)} if base and trained_on and not Path(trained_on[0]).is_dir() else {}
@@ -275,6 +274,17 @@ def load_params(directory: Path, config: Config, mesh: Mesh, *, base: str = "", 
             f"{directory}: parameters cannot be read ({_one_line(error)}); delete the directory to make it anew"
         ) from error
     return graphdef, params, meta
+
+
+def check_whole(directory: Path) -> None:
+    """Raises CheckpointError if files of a directory that has their digests are missing or changed; all processes of a
+    run call it."""
+    if checksums.are_in(directory) and (why := _first_fault(directory)) is not None:
+        raise _damaged(directory, why)
+
+
+def _damaged(directory: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"{directory}: parameters are damaged ({why}); delete the directory to make it anew")
 
 
 def _first_fault(directory: Path) -> str | None:

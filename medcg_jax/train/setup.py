@@ -29,6 +29,7 @@ from medcg_jax.families.weights.files import has_tokenizer
 from medcg_jax.families.weights.kind import check_family, check_weights
 from medcg_jax.mesh import check_batches, make_mesh, num_shards
 from medcg_jax.terminal import doing
+from medcg_jax.train.checkpoint import check_whole
 from medcg_jax.train.losses import mask_loss
 from medcg_jax.train.sanity import check_token_ids, check_tokens, pixel_keys
 from medcg_jax.train.start import check_architecture, checkpoint_dir, weights_dir
@@ -199,6 +200,8 @@ def model_config(model: ModelConfig, tokenizer: Tokenizer) -> Config:
 def start_params(setup: Setup, *, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
     """(graphdef, params) that a run starts from: those of its checkpoint, or random ones if it names none."""
     directory = weights_dir(setup.run.model)
+    if directory is not None:
+        check_whole(directory)
     with jax.set_mesh(setup.mesh):
         if directory is None:
             return create(setup.model, setup.mesh, seed=seed)

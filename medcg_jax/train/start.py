@@ -89,7 +89,13 @@ def check_architecture(model: ModelConfig, config: Config) -> None:
     try:
         check_same(checkpoint.config, without_new_adapters(config, checkpoint), directory)
     except WeightsError as error:
-        raise ConfigError(f"{error}; --config.model.name={AUTO} takes the architecture of the checkpoint") from error
+        if not has_any_size(model.name):
+            hint = f"--config.model.name={AUTO} takes the architecture of the checkpoint"
+        elif checkpoint.config.lora is not None and config.lora is None:
+            hint = "set model.lora_rank, lora_alpha and lora_targets as there, or merge them: `medcg convert DIR OUT --to=hf`"
+        else:
+            raise
+        raise ConfigError(f"{error}; {hint}") from error
     check_colours(directory, config)
 
 

@@ -232,3 +232,13 @@ def test_a_form_that_is_none_is_refused(tmp_path, meta, changes, message):
     trained(tmp_path, meta)
     with pytest.raises((ConfigError, DataError), match=message):
         read_form(tmp_path, **changes)
+
+
+def test_what_of_a_picture_is_not_shown_is_said(tmp_path):
+    grey = [Image.new("L", (8, 8), level) for level in (0, 120, 255)]
+    grey[0].save(tmp_path / "pages.tiff", save_all=True, append_images=grey[1:])
+    assert pixels_of(tmp_path / "pages.tiff", Form())[1] == "frame 1 of 3"
+    Image.new("RGBA", (8, 8), (9, 9, 9, 0)).save(tmp_path / "hole.png")
+    assert pixels_of(tmp_path / "hole.png", Form())[1] == "transparent parts on black"
+    Image.new("RGBA", (8, 8), (9, 9, 9, 255)).save(tmp_path / "whole.png")
+    assert pixels_of(tmp_path / "whole.png", Form())[1] == ""

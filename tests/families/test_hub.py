@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 from releases import CONFIGS
 from small_hub import TOKEN, Repository, SmallHub, commit_of
 
@@ -202,6 +203,23 @@ def test_a_mirror_that_lists_no_sizes_serves_too(hub, monkeypatch):
     assert held(folder) == {*SETTINGS, *WEIGHTS, *INDEX} and not hub.fetched() - held(folder)
     offline(monkeypatch)
     assert resolve(NAME) == folder
+
+
+def test_what_this_port_does_not_compute_is_refused_before_its_weights_are_fetched(hub, capfd):
+    about = json.loads(ABOUT)
+    about["text_config"]["model_type"] = "gemma"
+    hub.repositories["models/owner/gemma"] = Repository(FILES | {"config.json": json.dumps(about).encode()})
+    Image.new("RGB", (9, 9)).save("a.png")
+    for command in (["convert", "owner/gemma", "out"], ["ask", "owner/gemma", "a.png", "Is it?"]):
+        assert main(command) == 2
+        assert "gemma" in capfd.readouterr().err and not {*WEIGHTS} & hub.fetched()
+
+
+def test_adapters_alone_are_a_checkpoint_whose_base_is_asked_for(hub):
+    hub.repositories["models/owner/lora"] = Repository(
+        {"adapter_config.json": b"{}", "adapter_model.safetensors": b"a"}
+    )
+    assert held(resolve("owner/lora")) == {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_a_disk_without_room_is_named_before_weights_are_fetched(hub, monkeypatch):

@@ -166,6 +166,16 @@ def test_the_card_names_the_start_by_its_name_and_never_by_a_path_of_this_machin
         assert ModelCard(card).data.to_dict().get("base_model") == shown and str(tmp_path) not in card
 
 
+def test_damaged_parameters_are_not_exported(tmp_path, capfd):
+    src = trained("llava", tmp_path / "run")
+    file = max((src / "params").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+    assert main(["convert", str(src), str(tmp_path / "out"), "--to=hf"]) == 2
+    assert "parameters are damaged" in capfd.readouterr().err and not (tmp_path / "out").exists()
+
+
 def answer_of(number: int, right: bool):
     from medcg_jax.eval.predictions import Prediction
 

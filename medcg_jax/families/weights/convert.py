@@ -165,6 +165,12 @@ def open_checkpoint(src: Path, parts: Mapping[str, Path] = NO_PARTS) -> Checkpoi
         if stated is not None:
             check_same(_open_release(src, stated, parts).config, below.config, src)
         return Checkpoint(src, below.config, stated or {}, parts, below=below)
+    inside = sorted(path.parent.name for path in src.glob("*/" + MODEL_FILE))
+    if inside and stated is None or stated and "cells" in stated and "model_type" not in stated:
+        kept = f"one of {', '.join(inside[:3])} in it" if inside else "weights/CELL in it (study.keep_weights)"
+        raise WeightsError(
+            f"{src} is a folder of several checkpoints, or of a grid; expected one checkpoint, as {kept}"
+        )
     if stated is None:
         raise WeightsError(
             f"{src} holds no checkpoint (neither config.json nor {MODEL_FILE}); accepted: a directory with "
@@ -213,8 +219,10 @@ def _open_below(src: Path, parts: Mapping[str, Path]) -> Checkpoint:
       WeightsError: no base, or a base that is no whole model.
     """
     base = parts.get("base")
+    named = read_json(src / peft.ADAPTER_JSON).get("base_model_name_or_path")
+    if base is None and isinstance(named, str) and named and "\0" not in named and Path(named).is_dir():
+        base = Path(named)
     if base is None:
-        named = read_json(src / peft.ADAPTER_JSON).get("base_model_name_or_path")
         raise WeightsError(
             f"{src} holds peft's adapters alone; pass --base=DIR with the model that they were trained on"
             + (f", {str(named)[:200]}" if named else "")

@@ -27,6 +27,8 @@ SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|adapter_model\.safet
 PICKLES = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin|adapter_model\.bin|mm_projector\.bin|non_lora_trainables\.bin")
 # The file that `medcg convert` and `medcg train` write beside their parameters; all files of such a repository count.
 MODEL_FILE = "model.json"
+# One of these states an architecture, or what adapters belong to. Folder of a workdir of `medcg train`.
+STATED, TRAINED = ("config.json", MODEL_FILE, "adapter_config.json"), "params"
 # Room that is left on the disk of the cache.
 SPARE_BYTES = 1 << 28
 
@@ -69,7 +71,8 @@ def pinned(name: str) -> str:
 
 
 def resolve(name: str, *, weights: bool = True) -> Path:
-    """The folder of a checkpoint: a path as it is; a repository's in the cache, fetched if it is not there whole.
+    """The folder of a checkpoint: a path as it is, or of a workdir of `medcg train` the parameters in it; a repository's
+    in the cache, fetched if it is not there whole.
 
     weights: False: config.json, tokenizer and other small files alone.
 
@@ -78,7 +81,11 @@ def resolve(name: str, *, weights: bool = True) -> Path:
         must not be asked, or the disk is full; the message says what to do.
       RunError: the hub does not answer, or the download broke off; the same command may work later.
     """
-    return fetched(name, weights) if is_repository(name) else Path(name)
+    if is_repository(name):
+        return fetched(name, weights)
+    path, trained = Path(name), Path(name) / TRAINED
+    is_workdir = (trained / MODEL_FILE).is_file() and not any((path / stated).is_file() for stated in STATED)
+    return trained if is_workdir else path
 
 
 @functools.cache
@@ -91,7 +98,7 @@ def fetched(name: str, weights: bool) -> Path:
         # The first call also keeps the list of the repository's files, of which the second chooses.
         commit = pinned(name).partition("@")[2]
         try:
-            folder = Path(download(snapshot_download, repository, commit, ["config.json", MODEL_FILE]))
+            folder = Path(download(snapshot_download, repository, commit, [*STATED]))
         except errors.LocalEntryNotFoundError:
             if constants.is_offline_mode():
                 raise
@@ -101,7 +108,7 @@ def fetched(name: str, weights: bool) -> Path:
         except errors.CachedRepoTreeNotFoundError:  # offline, and another program has filled the cache
             sizes = {path.relative_to(folder).as_posix(): 0 for path in folder.rglob("*") if path.is_file()}
         chosen = chosen_files(sizes, weights)
-        if not {"config.json", MODEL_FILE} & chosen:
+        if not {*STATED} & chosen:
             raise no_config(name)
         missing = {path: size for path, size in sizes.items() if path in chosen and not (folder / path).is_file()}
         if missing:
@@ -120,7 +127,7 @@ def one_by_one(name: str, repository: str, commit: str, weights: bool) -> Path:
 
     info = HfApi().model_info(repository, revision=commit)
     chosen = chosen_files([file.rfilename for file in info.siblings or ()], weights)
-    stated = [path for path in ("config.json", MODEL_FILE) if path in chosen]
+    stated = [path for path in STATED if path in chosen]
     if not stated:
         raise no_config(name)
     paths = {path: hf_hub_download(repository, path, revision=commit) for path in sorted(chosen)}
