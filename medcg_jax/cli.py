@@ -96,7 +96,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
       ConfigError: an unknown verb or flag, a flag without its value, or a path in a home folder that is not there.
     """
     verbs = parser()
-    if argv and argv[0].startswith("--") and argv[0] not in verbs._option_string_actions:
+    has_verb = not all(word.startswith("--") for word in argv)
+    if argv and not has_verb and argv[0] not in verbs._option_string_actions:
         raise unknown_flag(argv[0], verbs, False)
     args, unread = verbs.parse_known_args(argv)
     for name, value in vars(args).items():  # every text that begins with ~ is a path
