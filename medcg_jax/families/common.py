@@ -141,7 +141,11 @@ class VisionLanguageModel(nnx.Module):
         return Adapters(self.config.text, lora, self.config.text.num_layers, **params)
 
     def encode_images(self, images: dict[str, jax.Array]) -> Any:
-        """float[B, I * P, D] features of each row's images, one image after the other.
+        """float[B, I * P, D] features of each row's images, one image after the other; as `tower_features` takes them."""
+        return self.project_features(self.tower_features(images))
+
+    def tower_features(self, images: dict[str, jax.Array]) -> Any:
+        """float[B, I, P', E] what the tower alone makes of each row's images; it reads the part "vision" and no other.
 
         images: `pixels`, uint8[B, I, h, w, 3], or float[B, I, h, w, 3] already normalised.
 
@@ -153,8 +157,14 @@ class VisionLanguageModel(nnx.Module):
             raise ValueError(f"pixels {pixels.shape}; expected [batch, images, {size}, {size}, 3]")
         rows, num = pixels.shape[:2]
         flat = pixels.reshape(rows * num, size, size, 3)
-        features = self.project(self.vision(flat, dtype=self.dtype, attention=self.config.attention))
-        return features.reshape(rows, num * self.config.num_image_tokens, -1)
+        features = self.vision(flat, dtype=self.dtype, attention=self.config.attention)
+        return features.reshape(rows, num, *features.shape[1:])
+
+    def project_features(self, features: Any) -> Any:
+        """What `encode_images` gives, of `tower_features`; it reads the part "projector" and no other."""
+        rows, num = features.shape[:2]
+        projected = self.project(features.reshape(rows * num, *features.shape[2:]))
+        return projected.reshape(rows, num * self.config.num_image_tokens, -1)
 
     def project(self, features: jax.Array) -> jax.Array:
         """float[B, P, D]: the tower's features as the decoder takes them."""
