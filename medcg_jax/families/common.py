@@ -112,11 +112,17 @@ def tiny(
 class VisionLanguageModel(nnx.Module):
     """Submodules: `vision`, `projector`, `decoder`, and `lora`, adapters on the decoder (None without `config.lora`).
 
-    A family overrides the `make_` methods. The order in which submodules are made decides what a seed draws for each.
+    A family overrides the `make_` methods, and `tower_features` and `project_features` where images differ. The order in
+    which submodules are made decides what a seed draws for each.
     """
 
     # Keys of a batch that `encode_images` takes.
     image_keys: tuple[str, ...] = ("pixels",)
+
+    def __init_subclass__(cls, **options) -> None:
+        super().__init_subclass__(**options)
+        if "encode_images" in vars(cls):
+            raise TypeError(f"{cls.__name__}.encode_images: override tower_features and project_features, its two steps")
 
     def __init__(self, config: FamilyConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
         params = {"rngs": rngs, "param_dtype": param_dtype}
