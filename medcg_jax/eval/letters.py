@@ -246,12 +246,12 @@ def make_followed_evaluator(
     def ask(params, batch):
         model = nnx.merge(graphdef, params)
         logits, cache = prefill(model, batch, max(num_new - 1, 0))
-        logprobs = option_logprobs(logits, batch["option_ids"])
-        if not num_new:
-            tokens = np.zeros((len(batch["tokens"]), 0), np.int32)
-        else:
-            tokens, _ = greedy(model, logits, cache, num_new=num_new, eos_id=eos_id)
-        return (logprobs, tokens), states_of(cache, batch["tokens"].shape[1])
+        logprobs, tokens = option_logprobs(logits, batch["option_ids"]), jnp.zeros((len(logits), 0), jnp.int32)
+        states = states_of(cache)
+        if num_new:
+            tokens, cache = greedy(model, logits, cache, num_new=num_new, eos_id=eos_id)
+        # Those after generation, so that no copy of the largest arrays is made; what was generated lies behind the rows.
+        return (logprobs, tokens), states | {key: cache[key] for key in ("k", "v")}
 
     def ask_again(params, states, batch, further):
         model = nnx.merge(graphdef, params)
@@ -266,10 +266,9 @@ def make_followed_evaluator(
     return FollowedEvaluator(mesh, first, again, num_new)
 
 
-def states_of(cache: dict[str, Any], length: int) -> dict[str, jax.Array]:
-    """Those arrays of a cache that are made of hidden states, of the first `length` slots of each row."""
-    states = {key: x for key, x in cache.items() if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating)}
-    return states | {key: states[key][:, :, :length] for key in ("k", "v")}
+def states_of(cache: dict[str, Any]) -> dict[str, jax.Array]:
+    """Those arrays of a cache that are made of hidden states."""
+    return {key: x for key, x in cache.items() if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating)}
 
 
 def back_at(model, states: dict[str, jax.Array], batch: dict[str, Any], kept: jax.Array) -> dict[str, Any]:
@@ -279,8 +278,8 @@ def back_at(model, states: dict[str, jax.Array], batch: dict[str, Any], kept: ja
     else a cache holds is counted from tokens: it comes from a pass over the first tokens, of which XLA keeps only that.
     """
     tokens = batch["tokens"]
-    segment_ids = batch["segment_ids"] * (jnp.arange(tokens.shape[1]) < kept[:, None])
-    at = np.zeros((len(tokens), 1), np.int32)
-    cache = model.init_cache(*tokens.shape)
-    _, counted = model.hidden(tokens, **image_input(model, batch), segment_ids=segment_ids, cache=cache, at=at)
-    return counted | states
+    rows, length = tokens.shape
+    segment_ids = batch["segment_ids"] * (jnp.arange(length) < kept[:, None])
+    options = {"cache": model.init_cache(rows, length), "at": np.zeros((rows, 1), np.int32)}
+    _, counted = model.hidden(tokens, **image_input(model, batch), segment_ids=segment_ids, **options)
+    return counted | states | {key: states[key][:, :, :length] for key in ("k", "v")}

@@ -32,6 +32,9 @@ from medcg_jax.train.sanity import check_sees, has_closed_gates
 from medcg_jax.train.setup import Setup, open_setup, start_params
 from medcg_jax.train.start import with_checkpoint
 
+# A test's answers, a `Prediction` or a `BoxAnswer` for every row, and {control: predictions}.
+Answered = tuple[list, dict[str, list[Prediction]]]
+
 
 @dataclasses.dataclass(frozen=True)
 class SubsetTest:
@@ -55,7 +58,7 @@ class Tester:
     def __init__(self, setup: Setup, graphdef: nnx.GraphDef, *, sees: bool = False):
         self._setup, self._graphdef, self._sees = setup, graphdef, sees
         self._model = setup.mesh, graphdef, shardings(setup.model, setup.mesh)
-        self._image_keys = registry.of(setup.model).module_type.image_keys
+        self._image_keys: tuple[str, ...] = registry.of(setup.model).module_type.image_keys  # type: ignore[attr-defined]
 
     @functools.cached_property
     def _features(self) -> FeatureStore:
@@ -94,8 +97,8 @@ class Tester:
         [(answers, _)] = self.run(params, [SubsetTest(encoded)])
         return answers
 
-    def run(self, params, tests: Iterable[SubsetTest]) -> Iterator[tuple[list, dict[str, list[Prediction]]]]:
-        """Yields for each test a `Prediction` or a `BoxAnswer` for every row, and {control: predictions}.
+    def run(self, params, tests: Iterable[SubsetTest]) -> Iterator[Answered]:
+        """Yields the answers of each test.
 
         The devices go from test to test without a pause: the next test is encoded in another thread, and a test's answers
         are read when the first batches of the next one are with the devices. Controls are scored by the letters only.
@@ -107,16 +110,18 @@ class Tester:
         Raises:
           BlindModel: the model does not see images.
           NonFiniteScores: the parameters give scores that are not finite.
-          Interrupted: the process was told to stop; tests that the devices have answered are yielded first.
+          Interrupted: the process was told to stop.
+
+        Before any error, also one of a test's own encoding, tests that were asked are yielded.
         """
         check_batch(self._setup.mesh, self._setup.run.eval.batch_size, "eval.batch_size")
-        queue, asked = letters.Queue(), deque[Callable[[], tuple[list, dict[str, list[Prediction]]]]]()
+        queue, asked = letters.Queue(), deque[Callable[[], Answered]]()
         try:
             for test in one_ahead(tests):
                 asked.append(self._ask(queue, params, test))
                 if len(asked) > 1:
                     yield asked.popleft()()
-        except Interrupted:
+        except (Exception, Interrupted):
             while asked:
                 yield asked.popleft()()
             raise
@@ -127,9 +132,7 @@ class Tester:
         """Frees the memory of features; for when other parameters, or other images of the same names, follow."""
         self._features.clear()
 
-    def _ask(
-        self, queue: letters.Queue, params, test: SubsetTest
-    ) -> Callable[[], tuple[list, dict[str, list[Prediction]]]]:
+    def _ask(self, queue: letters.Queue, params, test: SubsetTest) -> Callable[[], Answered]:
         """Dispatches a test; returns what reads its answers."""
         encoded, setup = test.encoded, self._setup
         if encoded.asked:
@@ -149,7 +152,7 @@ class Tester:
             if name not in shared
         }
 
-        def read() -> tuple[list, dict[str, list[Prediction]]]:
+        def read() -> Answered:
             options = {"tokenizer": setup.tokenizer}
             plain = letters.answers_of(encoded, queue.take(numbers), generated=setup.run.eval.generate, **options)
             answers = letters.further_answers(shared, rounds, queue.take(further), **options)
@@ -170,7 +173,11 @@ class Tester:
     ) -> tuple[list[int], list[Asked], list[int]]:
         """(numbers of an evaluator's outputs, further questions batch by batch, numbers of their outputs)."""
         setup, evaluator = self._setup, self._followed_evaluator
-        self._check_sees(params, test.encoded, lambda *batch: next(iter(evaluator(*batch, ()))))
+
+        def plainly(params, batch, features):
+            return next(iter(evaluator(params, batch, features, ())))
+
+        self._check_sees(params, test.encoded, plainly)
         size = setup.run.eval.batch_size
         rounds = further_questions(
             test.encoded,
@@ -179,7 +186,7 @@ class Tester:
             image_token_id=setup.model.image_token_id,
             rows=local_rows(setup.mesh, size),
         )
-        numbers, asked, further, ends = [], [], [], deque[int]()
+        numbers, asked, further, ends = list[int](), list[Asked](), list[int](), deque[int]()
         for batch, questions in zip(self._batches(params, test.encoded, test.name), rounds, strict=True):
             if len(ends) == letters.MAX_CACHES:
                 queue.wait_for(ends.popleft())

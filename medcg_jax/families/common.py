@@ -122,7 +122,9 @@ class VisionLanguageModel(nnx.Module):
     def __init_subclass__(cls, **options) -> None:
         super().__init_subclass__(**options)
         if "encode_images" in vars(cls):
-            raise TypeError(f"{cls.__name__}.encode_images: override tower_features and project_features, its two steps")
+            raise TypeError(
+                f"{cls.__name__}.encode_images: override tower_features and project_features, its two steps"
+            )
 
     def __init__(self, config: FamilyConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
         params = {"rngs": rngs, "param_dtype": param_dtype}

@@ -148,6 +148,11 @@ def test_the_devices_have_the_next_test_before_the_last_one_is_read(monkeypatch)
     assert answered == [["a"], ["b"]] and events == ["ask a", "ask b", "read a", "ask c", "read b"]
     with pytest.raises(Interrupted):
         next(found)
+    # The same where a later test cannot be encoded.
+    found = test.run(None, (SubsetTest(None, name="ab"[1 // (1 - i)]) for i in range(2)))
+    assert next(found) == (["b"], {})
+    with pytest.raises(ZeroDivisionError):
+        next(found)
 
 
 def test_the_next_item_is_made_while_one_is_used():
