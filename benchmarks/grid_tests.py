@@ -30,7 +30,7 @@ from medcg_jax.config import RunConfig, replace
 from medcg_jax.config_file import load
 from medcg_jax.data.controls import control_sets
 from medcg_jax.data.encoding import Batch, Encoded, option_columns
-from medcg_jax.data.eval_batches import batch_length
+from medcg_jax.data.eval_batches import batch_length, eval_rows, further_questions, text_length
 from medcg_jax.eval.letters import make_evaluator, run_ahead
 from medcg_jax.eval.predictions import predictions_of
 from medcg_jax.eval.subsets import SubsetTest, Tester
@@ -60,7 +60,8 @@ class Counted:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
         key = str([(x.shape, x.dtype) for x in jax.tree.leaves(shapes)])
         if key not in self._known:
-            text = self._jitted.lower(*shapes).compile().as_text()
+            # The same products, sooner: LLVM's optimisations are left out.
+            text = self._jitted.lower(*shapes).compile({"xla_backend_optimization_level": 0}).as_text()
             self._known[key] = products(text, open_trips=self._generated).flops
         self.flops += self._known[key]
         self.steps += self._generated
@@ -73,8 +74,18 @@ class Counted:
         """Zeros of what the host reads; a shape alone of what stays on the devices."""
         return np.zeros(x.shape, x.dtype) if x.ndim < 3 else x
 
-    def lower(self, *args):
-        return self._jitted.lower(*args)
+
+class Shapes:
+    """A store of features that are only counted: their shapes."""
+
+    def __init__(self, name: str, encode: Counted):
+        self.name, self._encode = name, encode
+        self._kept: dict = {}
+
+    def get(self, params, key, images: Callable) -> dict:
+        if key not in self._kept:
+            self._kept[key] = {self.name: self._encode(params, images())}
+        return self._kept[key]
 
 
 class Before:
@@ -125,6 +136,8 @@ class After:
         self._tester = tester = Tester(setup, graphdef, sees=True)
         new = max(setup.run.eval.max_new_tokens - 1, 0) if setup.run.eval.generate else 0
         self.encoder = tester._features._encode = Counted(tester._features._encode, runs=runs)
+        if not runs:
+            tester._features = Shapes(tester._features.name, self.encoder)
         plain, alone, followed = tester._evaluator, tester._letters_alone, tester._followed_evaluator
         plain, alone = (
             dataclasses.replace(evaluator, jitted=Counted(evaluator.jitted, runs=runs, generated=number))
@@ -269,12 +282,33 @@ def compile_7b(num_cells: int) -> list[dict]:
                 "questions": len(test.encoded), "batch_size": run.eval.batch_size,
                 "flops": {name: flops for name, (flops, _) in counted.items()},
                 "decoding_steps": {name: steps for name, (_, steps) in counted.items()},
-                "encoding_share_before": after.encoder.flops * num_cells / counted["before"][0],
                 "least_v5e_chip_s": seconds, "ratio": seconds["before"] / seconds["after"],
             }
         )  # fmt: skip
         print(f"7B, controls {controls or 'none'}: {found[-1]['ratio']:.2f} times less", flush=True)
-    return found
+    return [*found, {"controls": ("circular",), "decoder_tokens_of_a_row": orders(setup)}]
+
+
+def orders(setup: Setup) -> dict[str, int]:
+    """Tokens that the decoder computes for a row of a question in every order of its options.
+
+    whole: rows by themselves. from_the_image: what precedes a question once. from_the_difference: and what two orders
+    have in common, to the first option.
+    """
+    size, image = setup.run.eval.batch_size, setup.model.image_token_id
+    test = questions(setup, SUBSET_7B, ("circular",), memory_limit_bytes=0)
+    sets = [test.encoded, *test.controls.values()]
+    drawn = next(eval_rows(test.encoded, size))
+    is_image = drawn.batch["tokens"] == image
+    start = int((is_image.shape[1] - is_image[:, ::-1].argmax(1)).max())
+    asked = next(further_questions(test.encoded, sets[1:], size, image_token_id=image))
+    longest = max(int(encoded.arrays["length"].max()) for encoded in sets)
+    return {
+        "orders": len(sets),
+        "whole": len(sets) * drawn.batch["tokens"].shape[1],
+        "from_the_image": start + len(sets) * text_length(test.encoded, longest - start),
+        "from_the_difference": drawn.batch["tokens"].shape[1] + sum(one.batch["tokens"].shape[1] for one in asked),
+    }
 
 
 def _without_pixels(encoded: Encoded) -> Encoded:
