@@ -182,6 +182,30 @@ def test_outputs_wait_on_the_devices_and_no_more_than_a_few(monkeypatch):
     assert queue.add("later") == numbers[-1] + 1 and queue._outputs.keys() == {4, 5, 6}
 
 
+def test_no_more_than_a_few_batches_have_their_caches_on_the_devices(monkeypatch):
+    monkeypatch.setattr(letters, "stop_if_told", lambda: None)
+    monkeypatch.setattr(letters, "MAX_AHEAD", 100)
+    events, fetch = [], lambda output: events.append(f"there {output}") or output
+    monkeypatch.setattr(letters.jax, "device_get", fetch)
+    monkeypatch.setattr(subsets, "further_questions", lambda *_, **__: iter([("a", "b")] * 4))
+    monkeypatch.setattr(subsets.Tester, "_batches", lambda *_: iter([(i, None) for i in range(4)]))
+    test = made_tester("llava")
+
+    def evaluate(params, batch, features, asked):
+        for output in (f"{batch}", *(f"{batch}{question}" for question in asked)):
+            events.append(f"ask {output}")
+            yield output
+
+    test._followed_evaluator = evaluate
+    encoded, again = asked("llava")
+    numbers, questions, further = test._ask_followed(letters.Queue(), None, SubsetTest(encoded), again)
+    assert (numbers, questions, further) == ([0, 3, 6, 9], ["a", "b"] * 4, [1, 2, 4, 5, 7, 8, 10, 11])
+    # The last answer of a batch is there before the next but one starts.
+    for batch in (2, 3):
+        assert events.index(f"there {batch - 2}b") + 1 == events.index(f"ask {batch}")
+    assert len(events) == 12 + 2
+
+
 # ------------------------------------------------------------------ without the images of the test
 
 
