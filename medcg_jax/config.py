@@ -293,10 +293,13 @@ class EvalConfig:
     # Tokens of a free answer at most.
     max_new_tokens: int = setting(4, least=1, most=MOST_TOKENS, unit="tokens")
     # Controls of every test question in a grid, of `CONTROLS`; "circular" asks up to three times; (): none.
-    # "shuffled_images", "blank_images" and "text_only" take as long as the test each, and without the other two do not
-    # change `predictions/`. With these the text after the image is computed again for each. Controls are scored by the
-    # letters only.
+    # "blank_images" takes as long as the test; "text_only" computes short rows, and the others only what comes after the
+    # image. Controls are scored by the letters only, and do not change `predictions/`; without free answers they may
+    # change the last digits.
     controls: tuple[str, ...] = setting(("shuffled_images",), choices=CONTROLS)
+    # Memory of each device for features of test images, which cells with the same frozen vision tower share instead of
+    # computing them again; those that were not used for the longest time go first. 0: none are kept.
+    features_gib: float = setting(1.0, least=0, most=MOST_DEVICES, unit="GiB", free=True)
     # Tokens of an answer with boxes at most: MiniGPT-v2 writes up to 17 for each box, NExT-Chat 2.
     max_box_tokens: int = setting(128, least=1, most=MOST_TOKENS, unit="tokens")
 

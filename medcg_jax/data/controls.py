@@ -29,6 +29,11 @@ def blanked(records: RecordSet) -> RecordSet:
     return RecordSet(records.records, [BLANK] * len(records), records.masks)
 
 
+def are_blank(records: RecordSet) -> bool:
+    """Whether all images are `BLANK` itself, as `blanked` makes them."""
+    return len(records) > 0 and all(image is BLANK for image in records.images)
+
+
 def control_sets(records: RecordSet, names: Sequence[str], seed: int) -> dict[str, RecordSet]:
     """Control -> its choice questions, with the records' ids; controls without questions are left out.
 

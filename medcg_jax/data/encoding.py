@@ -51,16 +51,7 @@ class Encoded:
 
     def rows(self, indices: np.ndarray) -> tuple[Arrays, list[str]]:
         """The batch of these rows (`segment_ids` and the images filled in) and their records' ids."""
-        batch = {key: array[indices] for key, array in self.arrays.items()}
-        length = batch.pop("length")
-        batch["segment_ids"] = (np.arange(batch["tokens"].shape[1]) < length[:, None]).astype(np.int32)
-        if self.images is None:
-            images = _empty_images(self.format, len(indices))
-            for row, index in enumerate(indices.tolist()):
-                _decode(self.records, index, self.format, images, row)
-        else:
-            images = {key: array[indices] for key, array in self.images.items()}
-        batch |= {key: array[:, None] for key, array in images.items()}
+        batch = self.text_rows(indices) | self.image_rows(indices)
         if self.masks and (layout := self.format.mask_layout):
             masks = []
             for index in indices.tolist():
@@ -68,6 +59,23 @@ class Encoded:
                     masks.append(layout.arrays(record, self.records.mask(index)))
             batch |= {key: np.stack([row[key] for row in masks]) for key in masks[0]}
         return batch, [self.records.records[i].id for i in indices]
+
+    def text_rows(self, indices: np.ndarray) -> Arrays:
+        """The batch of these rows without images and masks; no image is decoded."""
+        batch = {key: array[indices] for key, array in self.arrays.items()}
+        length = batch.pop("length")
+        batch["segment_ids"] = (np.arange(batch["tokens"].shape[1]) < length[:, None]).astype(np.int32)
+        return batch
+
+    def image_rows(self, indices: np.ndarray) -> Arrays:
+        """The images of these rows, [B, 1, ...] per image key of the format; zeros for a record without one."""
+        if self.images is None:
+            images = _empty_images(self.format, len(indices))
+            for row, index in enumerate(indices.tolist()):
+                _decode(self.records, index, self.format, images, row)
+        else:
+            images = {key: array[indices] for key, array in self.images.items()}
+        return {key: array[:, None] for key, array in images.items()}
 
 
 def checked_rows(rows: np.ndarray | None, batch_size: int) -> np.ndarray:

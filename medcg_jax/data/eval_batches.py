@@ -1,8 +1,8 @@
-"""Batches of evaluation: each record once, or many questions about the same images in rounds, in few static lengths.
+"""Batches of evaluation: each record once, and further questions about the same images, in few static lengths.
 
-A round has a batch of images. Its first batch holds each row's tokens up to the end of the image; the next ones hold the
-first question of every row, then the second, and so on. A question is in the row of its image, so that no mesh moves
-image features. Nothing here needs Grain, which a bare machine may lack.
+Further questions go on from a record's own: a record's row is computed whole, and of a further question only the tokens
+that come after what both have in common, which includes the image. A question is in the row of its image, so that no mesh
+moves what is known of an image. Nothing here needs Grain, which a bare machine may lack.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from medcg_jax.data.row_format import Arrays
 MOST = 4
 # Lengths of rows are multiples of one of these, or of a multiple of the last.
 STEPS = (16, 32, 64)
+# Lengths of rows without images, which cost by the token, are multiples of a multiple of this.
+TEXT_STEP = 4
 
 
 def batch_length(encoded: Encoded, longest: int) -> int:
@@ -32,16 +34,24 @@ def batch_length(encoded: Encoded, longest: int) -> int:
     return min(most, _up(max(longest, most - (MOST - 1) * step), step))
 
 
-def suffix_length(encoded: Encoded, longest: int) -> int:
-    """The same for the tokens behind each row's image; only rows without an image may need further lengths."""
+def text_length(encoded: Encoded, longest: int) -> int:
+    """The same for rows of text alone; only those of records without an image may need further lengths."""
     text = encoded.arrays["tokens"].shape[1] - encoded.format.max_image_tokens
-    return _up(max(longest, 1), _step(text))
+    step = TEXT_STEP * -(-text // (MOST * TEXT_STEP))
+    return min(encoded.arrays["tokens"].shape[1], _up(max(longest, 1), step))
+
+
+def row_length(encoded: Encoded, longest: int) -> int:
+    """The length of a batch of whole rows: `batch_length`, and `text_length` where no record has an image."""
+    has_image = any(record.image for record in encoded.records.records)
+    return (batch_length if has_image else text_length)(encoded, longest)
 
 
 def eval_order(encoded: Encoded) -> np.ndarray:
     """int[N]: the rows in the order of evaluation, by the length they need, longest first; no order gives shorter batches."""
-    needed = [batch_length(encoded, int(length)) for length in encoded.arrays["length"]]
-    return np.argsort(-np.asarray(needed, np.int32), kind="stable")
+    lengths, inverse = np.unique(encoded.arrays["length"], return_inverse=True)
+    needed = np.array([row_length(encoded, int(length)) for length in lengths], np.int32)[inverse]
+    return np.argsort(-needed, kind="stable")
 
 
 def _step(differing: int) -> int:
@@ -53,109 +63,118 @@ def _up(number: int, step: int) -> int:
     return -(-number // step) * step
 
 
-def eval_batches(
-    encoded: Encoded, batch_size: int, *, rows: np.ndarray | None = None
-) -> Iterator[tuple[Batch, list[str]]]:
-    """Each record once, in the order of `eval_order`: `(batch, ids)` with this process's rows; padding rows have no id.
+@dataclass(frozen=True)
+class Drawn:
+    """A batch of records without its images.
 
-    Its longest row gives a batch its length (`batch_length`). The last batch is padded with copies of its first row,
-    whose `row_mask` is 0, so every process has as many batches, of the same shapes. rows: as `Batches`.
+    batch: arrays of this process's rows. indices: int[b] records of these rows; padding rows repeat the batch's first
+      record. is_real: bool[b] rows that are no padding. records: int[r] records of the global batch, without padding.
+    """
+
+    batch: Arrays
+    indices: np.ndarray
+    is_real: np.ndarray
+    records: np.ndarray
+
+
+def eval_rows(encoded: Encoded, batch_size: int, *, rows: np.ndarray | None = None) -> Iterator[Drawn]:
+    """Each record once, in the order of `eval_order`; no image is decoded.
+
+    Its longest row gives a batch its length (`row_length`). The last batch is padded with copies of its first row, so
+    every process has as many batches, of the same shapes. rows: as `Batches`.
     """
     own_rows, order = checked_rows(rows, batch_size), eval_order(encoded)
     for start in range(0, len(encoded), batch_size):
-        positions = start + own_rows
-        real = positions < len(encoded)
-        batch, ids = encoded.rows(order[np.where(real, positions, start)])
-        length = batch_length(encoded, int(encoded.arrays["length"][order[start : start + batch_size]].max()))
+        records = order[start : start + batch_size]
+        is_real = own_rows < len(records)
+        indices = records[np.where(is_real, own_rows, 0)]
+        batch = encoded.text_rows(indices)
+        length = row_length(encoded, int(encoded.arrays["length"][records].max()))
         batch |= {key: batch[key][:, :length] for key in ("tokens", "segment_ids")}
-        batch["row_mask"] = real.astype(np.float32)
-        yield batch, ids[: int(real.sum())]
+        yield Drawn(batch, indices, is_real, records)
 
 
-@dataclass(frozen=True)
-class Round:
-    """before: `tokens`, `segment_ids` int32[B, P] and the images; asked: batches of one question a row."""
-
-    before: Arrays
-    asked: tuple[Asked, ...]
+def eval_batches(
+    encoded: Encoded, batch_size: int, *, rows: np.ndarray | None = None
+) -> Iterator[tuple[Batch, list[str]]]:
+    """As `eval_rows`, with images: `(batch, ids)`; padding rows have no id, and `row_mask` 0."""
+    for drawn in eval_rows(encoded, batch_size, rows=rows):
+        batch = drawn.batch | encoded.image_rows(drawn.indices) | {"row_mask": drawn.is_real.astype(np.float32)}
+        yield batch, [encoded.records.records[i].id for i in drawn.indices[drawn.is_real]]
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One question of each row.
+    """One further question of each row of a batch.
 
-    batch: `tokens`, `segment_ids` int32[B, S] of the tokens behind the image, `last_position` in them, `option_ids`.
+    batch: `tokens`, `segment_ids` int32[B, S] of the tokens that follow, `last_position` in them, `option_ids`, and
+      `kept` int32[B], the tokens of the row that they follow.
     questions: int[R] numbers of the questions. rows: int[R] rows of the global batch that ask them; other rows are
-      padding. free: whether a question is of the first set.
+      padding.
     """
 
     batch: Arrays
     questions: np.ndarray
     rows: np.ndarray
-    free: bool
 
 
-def rounds(
+def further_questions(
     encoded: Encoded,
     controls: Sequence[Encoded],
     batch_size: int,
     *,
     image_token_id: int,
     rows: np.ndarray | None = None,
-) -> Iterator[Round]:
-    """Every question of `encoded` and then of each set of `controls` once, numbered in this order.
+) -> Iterator[tuple[Asked, ...]]:
+    """For each batch of `eval_rows` every question of `controls` about its records, numbered set by set.
 
     controls: encoded `data.controls.ControlSet`s about the records of `encoded`. rows: of this process, as `Batches`;
-    every process has as many rounds and batches, of the same shapes.
+    every process has as many batches, of the same shapes.
 
-    Images with more questions come first, so that few rows are padding.
+    Raises:
+      ValueError: a question differs from the record's own before the end of the image.
     """
     own_rows = checked_rows(rows, batch_size)
-    sets = (encoded, *controls)
-    arrays = {key: np.concatenate([s.arrays[key] for s in sets]) for key in ("tokens", "length", "option_ids")}
-    is_image = arrays["tokens"] == image_token_id
-    width = is_image.shape[1]
-    ends = np.where(is_image.any(1), width - is_image[:, ::-1].argmax(1), 0).astype(np.int32)
-    of_controls = [s.records.places for s in controls]  # type: ignore[attr-defined]  # `ControlSet`s
-    image_indices = np.concatenate([np.arange(len(encoded)), *of_controls]).astype(int)
-    groups = _groups(arrays, ends, image_indices, len(encoded))
-    for start in range(0, len(groups), batch_size):
-        in_round = groups[start : start + batch_size]
-        # Padding rows are copies of the round's first row.
-        filled = [*in_round, *[in_round[0]] * (batch_size - len(in_round))]
-        firsts = np.array([group[0] for group in filled])
-        most = max(int(ends[firsts].max()), 1)
-        most = most if encoded.format.num_image_tokens is None else batch_length(encoded, most)
-        batch, _ = encoded.rows(image_indices[firsts[own_rows]])
-        before = {key: batch[key] for key in encoded.format.blank}
-        before |= _cut(arrays["tokens"], firsts[own_rows], np.zeros_like(own_rows), ends[firsts[own_rows]], most)
-        asked = tuple(
-            _asked(encoded, arrays, ends, in_round, filled, turn, own_rows) for turn in range(len(in_round[0]))
-        )
-        yield Round(before, asked)
+    asked_of = np.concatenate([np.asarray(s.records.places, int) for s in controls])  # type: ignore[attr-defined]
+    arrays = {key: np.concatenate([s.arrays[key] for s in controls]) for key in ("tokens", "length", "option_ids")}
+    kept = _in_common(encoded, arrays, asked_of, image_token_id)
+    lengths = arrays["length"] - kept
+    of_record: dict[int, list[int]] = {}
+    # The longest first, so that questions of one turn have similar lengths.
+    for question in np.argsort(-lengths, kind="stable").tolist():
+        of_record.setdefault(int(asked_of[question]), []).append(question)
+    for drawn in eval_rows(encoded, batch_size, rows=rows):
+        groups = [of_record.get(int(record), []) for record in drawn.records]
+        turns = []
+        for turn in range(max(map(len, groups))):
+            asks = np.array([row for row, group in enumerate(groups) if turn < len(group)])
+            questions = np.array([groups[row][turn] for row in asks])
+            # Other rows read a question of another row, whose answer nobody looks at.
+            every = np.full(batch_size, questions[0])
+            every[asks] = questions
+            taken = every[own_rows]
+            length = text_length(encoded, int(lengths[questions].max()))
+            batch = _cut(arrays["tokens"], taken, kept[taken], lengths[taken], length)
+            batch |= {"last_position": lengths[taken] - 1, "option_ids": arrays["option_ids"][taken]}
+            turns.append(Asked(batch | {"kept": kept[taken]}, questions, asks))
+        yield tuple(turns)
 
 
-def _groups(arrays: Arrays, ends: np.ndarray, image_indices: np.ndarray, num_free: int) -> list[list[int]]:
-    """Groups of questions with the same image and prefix; in a group the first set's come first, then longer ones."""
-    groups: dict[tuple, list[int]] = {}
-    for question, (image, end) in enumerate(zip(image_indices, ends, strict=True)):
-        groups.setdefault((int(image), arrays["tokens"][question, :end].tobytes()), []).append(question)
-    lengths = arrays["length"] - ends
-    for group in groups.values():
-        group.sort(key=lambda question: (question >= num_free, -lengths[question]))
-    return sorted(groups.values(), key=lambda group: (-len(group), -max(lengths[group])))
+def _in_common(encoded: Encoded, arrays: Arrays, asked_of: np.ndarray, image_token_id: int) -> np.ndarray:
+    """int32[Q]: how many first tokens each question has in common with the record's own, without its last one.
 
-
-def _asked(encoded, arrays, ends, groups, filled, turn: int, own_rows: np.ndarray) -> Asked:
-    rows = np.array([row for row, group in enumerate(groups) if turn < len(group)])
-    questions = np.array([groups[row][turn] for row in rows])
-    every = np.array([group[min(turn, len(group) - 1)] for group in filled])
-    lengths = arrays["length"] - ends
-    length = suffix_length(encoded, int(lengths[every].max()))
-    taken = every[own_rows]
-    batch = _cut(arrays["tokens"], taken, ends[taken], lengths[taken], length)
-    batch |= {"last_position": lengths[taken] - 1, "option_ids": arrays["option_ids"][taken]}
-    return Asked(batch, questions, rows, bool((questions < len(encoded)).any()))
+    arrays: of the questions. asked_of: int[Q] the record of each.
+    """
+    own = encoded.arrays["tokens"][asked_of]
+    differs = own != arrays["tokens"]
+    first = np.where(differs.any(1), differs.argmax(1), own.shape[1])
+    common = np.minimum(first, np.minimum(encoded.arrays["length"][asked_of], arrays["length"] - 1))
+    is_image = own == image_token_id
+    ends = np.where(is_image.any(1), own.shape[1] - is_image[:, ::-1].argmax(1), 0)
+    if (common < ends).any():
+        record = encoded.records.records[asked_of[np.argmax(common < ends)]]
+        raise ValueError(f"record {record.id}: a control differs from its question before the end of the image")
+    return common.astype(np.int32)
 
 
 def _cut(tokens: np.ndarray, rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray, width: int) -> Arrays:

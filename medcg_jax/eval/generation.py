@@ -7,20 +7,22 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from medcg_jax.eval.features import image_input
+
 LETTERS = string.ascii_uppercase
 
 
 def prefill(model, batch: dict[str, jax.Array], num_new: int):
     """(float32[B, V] logits at `last_position`, the cache with the prompts in it and room for `num_new` tokens).
 
-    batch: tokens, segment_ids int32[B, T] right-padded, the model's images, last_position int32[B]. Prompts may differ
-    in length: in the cache generated tokens follow the padding, while their positions follow the prompt.
+    batch: tokens, segment_ids int32[B, T] right-padded, images or features (`features.image_input`), last_position
+    int32[B]. Prompts may differ in length: in the cache generated tokens follow the padding, while their positions
+    follow the prompt.
     """
     rows, length = batch["tokens"].shape
-    cache = model.init_cache(rows, length + num_new)
-    images = {key: batch[key] for key in model.image_keys}
+    options = {"cache": model.init_cache(rows, length + num_new), "at": batch["last_position"][:, None]}
     hidden, cache = model.hidden(
-        batch["tokens"], images, segment_ids=batch["segment_ids"], cache=cache, at=batch["last_position"][:, None]
+        batch["tokens"], **image_input(model, batch), segment_ids=batch["segment_ids"], **options
     )
     return model.logits(hidden[:, 0]), cache
 

@@ -4,7 +4,8 @@ An answer is greedily generated text. MiniGPT-v2's boxes are in the text. NExT-C
 state at each generated `<at>`, and so are its masks, if its mask parts were trained.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,12 +15,12 @@ from PIL import Image
 
 from medcg_jax.data.boxes import corners
 from medcg_jax.data.encoding import Encoded
-from medcg_jax.data.eval_batches import eval_batches, eval_order
+from medcg_jax.data.eval_batches import eval_order
 from medcg_jax.data.tokenizer import Tokenizer
 from medcg_jax.eval.boxes import DICE_DECIMALS, BoxAnswer, dice, rounded
 from medcg_jax.eval.generation import greedy, prefill
-from medcg_jax.eval.letters import run_ahead
-from medcg_jax.mesh import batch_sharding, check_batch, local_rows, put_batch, replicated
+from medcg_jax.eval.letters import on_devices
+from medcg_jax.mesh import batch_sharding, replicated
 
 # A pixel belongs to a mask if its logit is above this: NExT-ChatV/NExT-Chat:mllm/demo/demo_util.py:de_transform_mask at
 # 1e6c20f.
@@ -29,7 +30,7 @@ MASK_THRESHOLD = 0.0
 def make_locator(
     mesh: Mesh, graphdef: nnx.GraphDef, shardings, *, eos_id: int, max_new_tokens: int, masks: bool = False
 ) -> Callable:
-    """The compiled function (params, batch) -> arrays that answers questions about boxes.
+    """The compiled function (params, batch, features) -> arrays that answers questions about boxes; as an `Evaluator`.
 
     Its arrays by name: `tokens` int32[B, max_new_tokens]; for a model whose cache keeps boxes also `boxes`
     float32[B, N, 4] in the model's coordinates, and their number `count` int32[B]; with `masks` also mask logits
@@ -51,29 +52,23 @@ def make_locator(
 
     jitted = jax.jit(answer, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=replicated(mesh))
 
-    def run(params, batch: dict[str, np.ndarray]):
-        arrays = {key: value for key, value in batch.items() if key != "row_mask"}
+    def run(params, batch: dict[str, np.ndarray], features: Mapping[str, Any] | None = None):
         with jax.set_mesh(mesh):
-            return jitted(params, put_batch(arrays, batch_sharding(mesh)))
+            return jitted(params, on_devices(mesh, batch, features))
 
     return run
 
 
-def locate(
-    locator: Callable, mesh: Mesh, params, encoded: Encoded, tokenizer: Tokenizer, *, batch_size: int
+def boxes_of(
+    encoded: Encoded, outputs: Sequence[dict[str, np.ndarray]], tokenizer: Tokenizer, *, batch_size: int
 ) -> list[BoxAnswer]:
-    """An answer for every row of `data.encoding.encode_boxes`, in its order. batch_size: rows over all devices.
+    """An answer for every row of `data.encoding.encode_boxes`, in its order.
 
-    Raises:
-      ConfigError: the mesh cannot split the batch.
+    outputs: a locator's for each of `eval_rows`' batches of `batch_size` rows over all devices.
     """
-    check_batch(mesh, batch_size, "eval.batch_size")
-    batches = eval_batches(encoded, batch_size, rows=local_rows(mesh, batch_size))
-    outputs = run_ahead(lambda item: locator(params, item[0]), batches)
     answers: dict[int, BoxAnswer] = {}
     order = eval_order(encoded).tolist()
-    for start, output in zip(range(0, len(encoded), batch_size), outputs, strict=True):
-        arrays = jax.device_get(output)
+    for start, arrays in zip(range(0, len(encoded), batch_size), outputs, strict=True):
         for row, index in enumerate(order[start : start + batch_size]):
             answers[index] = _read(encoded, index, tokenizer, {key: array[row] for key, array in arrays.items()})
     return [answers[index] for index in range(len(encoded))]

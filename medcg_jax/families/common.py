@@ -112,11 +112,19 @@ def tiny(
 class VisionLanguageModel(nnx.Module):
     """Submodules: `vision`, `projector`, `decoder`, and `lora`, adapters on the decoder (None without `config.lora`).
 
-    A family overrides the `make_` methods. The order in which submodules are made decides what a seed draws for each.
+    A family overrides the `make_` methods, and `tower_features` and `project_features` where images differ. The order in
+    which submodules are made decides what a seed draws for each.
     """
 
     # Keys of a batch that `encode_images` takes.
     image_keys: tuple[str, ...] = ("pixels",)
+
+    def __init_subclass__(cls, **options) -> None:
+        super().__init_subclass__(**options)
+        if "encode_images" in vars(cls):
+            raise TypeError(
+                f"{cls.__name__}.encode_images: override tower_features and project_features, its two steps"
+            )
 
     def __init__(self, config: FamilyConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
         params = {"rngs": rngs, "param_dtype": param_dtype}
@@ -141,7 +149,11 @@ class VisionLanguageModel(nnx.Module):
         return Adapters(self.config.text, lora, self.config.text.num_layers, **params)
 
     def encode_images(self, images: dict[str, jax.Array]) -> Any:
-        """float[B, I * P, D] features of each row's images, one image after the other.
+        """float[B, I * P, D] features of each row's images, one image after the other; as `tower_features` takes them."""
+        return self.project_features(self.tower_features(images))
+
+    def tower_features(self, images: dict[str, jax.Array]) -> Any:
+        """float[B, I, P', E] what the tower alone makes of each row's images; it reads the part "vision" and no other.
 
         images: `pixels`, uint8[B, I, h, w, 3], or float[B, I, h, w, 3] already normalised.
 
@@ -153,8 +165,14 @@ class VisionLanguageModel(nnx.Module):
             raise ValueError(f"pixels {pixels.shape}; expected [batch, images, {size}, {size}, 3]")
         rows, num = pixels.shape[:2]
         flat = pixels.reshape(rows * num, size, size, 3)
-        features = self.project(self.vision(flat, dtype=self.dtype, attention=self.config.attention))
-        return features.reshape(rows, num * self.config.num_image_tokens, -1)
+        features = self.vision(flat, dtype=self.dtype, attention=self.config.attention)
+        return features.reshape(rows, num, *features.shape[1:])
+
+    def project_features(self, features: Any) -> Any:
+        """What `encode_images` gives, of `tower_features`; it reads the part "projector" and no other."""
+        rows, num = features.shape[:2]
+        projected = self.project(features.reshape(rows * num, *features.shape[2:]))
+        return projected.reshape(rows, num * self.config.num_image_tokens, -1)
 
     def project(self, features: jax.Array) -> jax.Array:
         """float[B, P, D]: the tower's features as the decoder takes them."""

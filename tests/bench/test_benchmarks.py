@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from PIL import Image
 from trees import raw_record, write_subset
 
 from benchmarks import __main__ as page
-from benchmarks import cells, duplicates, loader, startup
+from benchmarks import cells, duplicates, grid_tests, loader, startup
 from medcg_jax.config_file import load
 from medcg_jax.data.layouts import Layout
 from medcg_jax.data.prepare import prepare
@@ -73,6 +75,30 @@ def test_the_copies_that_it_plants_are_found(tmp_path, capsys):
     assert all(row["pairs"] >= 0.08 * row["images"] for row in found["rows"])
     assert found["fits"]["hash"]["million_cpu_s"] > 0 and "a million" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_products_of_calls_are_counted_and_need_not_run():
+    rows, columns = np.ones((4, 8), np.float32), np.ones((8, 3), np.float32)
+    for runs in (False, True):
+        counted = grid_tests.Counted(jax.jit(lambda x, y: x @ y), runs=runs, generated=2)
+        found = [counted(rows, columns), counted(rows, columns), counted(rows[:2], columns)]
+        assert counted.flops == 2 * (4 + 4 + 2) * 8 * 3 and counted.steps == 6
+        assert [x.shape for x in found] == [(4, 3), (4, 3), (2, 3)] and all(
+            (np.asarray(x) == 8 * runs).all() for x in found
+        )
+
+
+def test_the_tests_before_are_all_rows_once():
+    run = load(f"{CONFIG}", {"eval.batch_size": "8", "base.batch_size": "8"})
+    setup = grid_tests.open_setup(grid_tests.with_small_tokenizer(run), has_weights=True)
+    test = grid_tests.questions(setup, "ct-liver-grade", ("shuffled_images", "text_only"))
+    for encoded in (test.encoded, *test.controls.values()):
+        batches, order = grid_tests.rows_of(encoded, 3)
+        rows = np.concatenate([batch["pixels"] for batch in batches])
+        count = len(encoded)
+        assert len(rows) == len(order) == -(-count // 3) * 3 and sorted(order[:count]) == list(range(count))
+        np.testing.assert_array_equal(rows[:count], encoded.rows(order[:count])[0]["pixels"])
+    assert not test.controls["text_only"].images["pixels"].any()
 
 
 def test_a_million_is_extrapolated_by_what_was_measured():

@@ -21,9 +21,10 @@ import medcg_jax
 from medcg_jax.cli import main
 from medcg_jax.config import ConfigError
 from medcg_jax.data.encoding import encode_boxes, encode_eval
+from medcg_jax.data.eval_batches import eval_batches
 from medcg_jax.data.records import DataError, RecordSet
 from medcg_jax.eval import ask, grounding
-from medcg_jax.eval.letters import make_evaluator
+from medcg_jax.eval.letters import make_evaluator, run_ahead
 from medcg_jax.families import build
 from medcg_jax.families.llava.model import llava15_7b
 from medcg_jax.families.weights import convert
@@ -108,7 +109,8 @@ def test_boxes_are_those_of_the_evaluation(family, tmp_path):
     eos_id = toy.tokenizer.eos_id
     locator = grounding.make_locator(toy.mesh, graphdef, places, eos_id=eos_id, max_new_tokens=NEW)
     params = jax.device_put(change(family_toys.weights(family)), places)
-    expected = grounding.locate(locator, toy.mesh, params, encoded, toy.tokenizer, batch_size=2)
+    outputs = run_ahead(lambda item: locator(params, item[0]), eval_batches(encoded, 2))
+    expected = grounding.boxes_of(encoded, outputs, toy.tokenizer, batch_size=2)
     for index, asked in enumerate(encoded.asked):
         answer = model.locate(encoded.records.image(index), asked.question, max_new_tokens=NEW)
         assert answer.text == expected[index].generated

@@ -1,4 +1,4 @@
-"""Questions asked again beside the same images: the answers of asking one by one, from images that are read once."""
+"""Questions asked again beside the same images: the answers of asking one by one, from rows that are read once."""
 
 import dataclasses
 import functools
@@ -11,19 +11,22 @@ from eval_toys import others_long
 from family_toys import SOURCE, SUBSETS, TINY
 from record_sets import with_four_options
 
-from medcg_jax.config import CONTROLS, ConfigError, RunConfig, replace
+from medcg_jax.config import CONTROLS, ConfigError, Interrupted, RunConfig, replace
 from medcg_jax.data.controls import BLANK, control_sets
 from medcg_jax.data.records import RecordSet, concat
-from medcg_jax.eval import subsets
-from medcg_jax.eval.letters import evaluate, evaluate_controls, make_evaluator, make_prefix_evaluator
-from medcg_jax.eval.predictions import NonFiniteScores, Prediction
+from medcg_jax.eval import letters, subsets
+from medcg_jax.eval.letters import evaluate, make_evaluator
+from medcg_jax.eval.predictions import NonFiniteScores
+from medcg_jax.eval.subsets import SubsetTest, one_ahead
 from medcg_jax.families import build
 from medcg_jax.train.setup import open_setup
 
 NEW, BATCH = 3, 4
-# Controls beside the images of the test.
+# Controls beside the images of the test, and those beside none of them.
 SHARED = ("shuffled_images", "circular", "two_options")
-NO_END = -1
+WITHOUT = ("blank_images", "text_only")
+# Families whose free answers are asked for too: each is a program more.
+FREE = ("llava", "next_chat")
 
 
 @functools.cache
@@ -38,26 +41,27 @@ def asked(family: str):
     }
 
 
-# Those whose free answers are asked for too: each is two programs more.
-FREE = ("llava", "next_chat")
-
-
-def program(make, family: str, mesh: str | None = None):
+def made_tester(family: str, mesh: str | None = None, *, batch_size: int = BATCH) -> subsets.Tester:
     found = family_toys.setup(family, mesh)
-    graphdef, places = build.abstract(found.model)[0], build.shardings(found.model, found.mesh)
-    return make(found.mesh, graphdef, places, eos_id=NO_END, max_new_tokens=NEW, generate=family in FREE)
+    options = dict(eval__batch_size=batch_size, eval__max_new_tokens=NEW, eval__generate=family in FREE)
+    found = dataclasses.replace(found, run=replace(found.run, **options))
+    return subsets.Tester(found, build.abstract(found.model)[0], sees=True)
 
 
-def ask(prefixed, family: str, *, mesh: str | None = None, again=None, batch_size: int = BATCH, params=None):
+def one_by_one(family: str, encoded, *, generate: bool):
+    """The answers of the program that reads every row and its images whole."""
     found = family_toys.setup(family)
-    encoded, own = asked(family)
-    return evaluate_controls(
-        prefixed,
-        family_toys.placed(family, mesh) if params is None else params,
-        encoded,
-        own if again is None else again,
-        found.tokenizer, batch_size=batch_size, image_token_id=found.model.image_token_id,
-    )  # fmt: skip
+    graphdef, places = build.abstract(found.model)[0], build.shardings(found.model, found.mesh)
+    options = dict(eos_id=found.tokenizer.eos_id, max_new_tokens=NEW, generate=generate)
+    program = make_evaluator(found.mesh, graphdef, places, **options)
+    return evaluate(program, family_toys.placed(family, None), encoded, found.tokenizer, batch_size=BATCH)
+
+
+def ask(test: subsets.Tester, family: str, *, mesh: str | None = None, again=None, params=None):
+    encoded, controls = asked(family)
+    params = family_toys.placed(family, mesh) if params is None else params
+    [answers] = test.run(params, [SubsetTest(encoded, controls if again is None else again)])
+    return answers
 
 
 def scores(predictions):
@@ -74,56 +78,132 @@ def check_alike(found, expected, *, generated: bool) -> None:
 
 @pytest.mark.parametrize("family", others_long(TINY))
 def test_answers_are_those_of_asking_one_by_one(family):
-    found, (encoded, again) = family_toys.setup(family), asked(family)
-    params, evaluator = family_toys.placed(family, None), program(make_evaluator, family)
-    prefixed, started, read = program(make_prefix_evaluator, family), [], []
+    (encoded, again), test, free = asked(family), made_tester(family), family in FREE
+    program, firsts, further = test._followed_evaluator, [], []
 
-    def prefill(params, before):
-        started.append(len(before["tokens"]))
-        return prefixed.prefill(params, before)
+    def first(params, batch):
+        firsts.append(batch["tokens"].size)
+        return program.first(params, batch)
 
-    def counted(run):
-        return lambda params, cache, batch: read.append(batch["tokens"].size) or run(params, cache, batch)
+    def more(params, cache, batch, questions):
+        further.append(questions["tokens"].size)
+        return program.again(params, cache, batch, questions)
 
-    counting = dataclasses.replace(
-        prefixed,
-        prefill=prefill,
-        score=counted(prefixed.score),
-        score_and_generate=counted(prefixed.score_and_generate),
-    )
-    plain, controls = ask(counting, family)
-    check_alike(plain, evaluate(evaluator, params, encoded, found.tokenizer, batch_size=BATCH), generated=True)
+    test._followed_evaluator = dataclasses.replace(program, first=first, again=more)
+    plain, controls = ask(test, family)
+    check_alike(plain, one_by_one(family, encoded, generate=free), generated=free)
     assert set(controls) == {"shuffled_images", "shift_1", "shift_2", "shift_3", "two_options"} == set(again)
     for name, predictions in controls.items():
-        expected = evaluate(evaluator, params, again[name], found.tokenizer, batch_size=BATCH)
-        check_alike(predictions, expected, generated=False)
-    # Five images in two batches, for 21 questions, whose first tokens are read with the images.
-    assert started == [BATCH, BATCH] and sum(map(len, [plain, *controls.values()])) == 21
-    assert len(read) == 6 + 3 and sum(read) < 21 * 2 * encoded.arrays["tokens"].shape[1]
+        check_alike(predictions, one_by_one(family, again[name], generate=False), generated=False)
+    # Five rows in two batches; of 16 further questions at most five to a row, and of these only what differs.
+    assert len(firsts) == 2 and sum(map(len, controls.values())) == 16
+    assert len(further) <= 10 and max(further) < min(firsts)
     # Planted: a control believed to be about other images than it is.
     made = again["shift_1"]
     records = made.records.select(range(len(made)))
     records.places = made.records.places[1:] + made.records.places[:1]
-    _, wrong = ask(prefixed, family, again={"shift_1": dataclasses.replace(made, records=records)})
+    _, wrong = ask(test, family, again={"shift_1": dataclasses.replace(made, records=records)})
     assert np.abs(scores(wrong["shift_1"]) - scores(controls["shift_1"])).max() > 1e-2
+
+
+@pytest.mark.parametrize("family", others_long(FREE))
+def test_no_control_changes_a_byte_of_the_test_itself(family):
+    plain, _ = ask(made_tester(family), family, again={})
+    assert ask(made_tester(family), family)[0] == plain
 
 
 @pytest.mark.long
 def test_the_mesh_and_the_batch_change_nothing():
-    alone, mesh = ask(program(make_prefix_evaluator, "llava"), "llava"), "data, fsdp, tensor"
-    found = ask(program(make_prefix_evaluator, "llava", mesh), "llava", mesh=mesh, batch_size=8)
+    alone, mesh = ask(made_tester("llava"), "llava"), "data, fsdp, tensor"
+    found = ask(made_tester("llava", mesh, batch_size=8), "llava", mesh=mesh)
     for a, b in zip([found[0], *found[1].values()], [alone[0], *alone[1].values()], strict=True):
         check_alike(a, b, generated=True)
 
 
 def test_what_is_no_use_is_told():
-    prefixed = program(make_prefix_evaluator, "llava")
     broken = jax.tree.map(lambda w: w * np.nan, family_toys.placed("llava", None))
     with pytest.raises(NonFiniteScores, match="record .*/test/"):
-        ask(prefixed, "llava", params=broken)
+        ask(made_tester("llava"), "llava", params=broken)
     mesh = "data, fsdp, tensor"
     with pytest.raises(ConfigError, match="eval.batch_size=6"):
-        ask(program(make_prefix_evaluator, "llava", mesh), "llava", mesh=mesh, batch_size=6)
+        ask(made_tester("llava", mesh, batch_size=6), "llava", mesh=mesh)
+
+
+# ------------------------------------------------------------------ one queue
+
+
+def test_the_devices_have_the_next_test_before_the_last_one_is_read(monkeypatch):
+    """And what they have answered is not lost when the process is told to stop."""
+    events, test = [], made_tester("llava")
+    monkeypatch.setattr(subsets.Tester, "_ask", lambda self, queue, params, item: recorded(item))
+
+    def recorded(item):
+        events.append(f"ask {item.name}")
+        if item.name == "c":
+            raise Interrupted("told to stop")
+        return lambda: events.append(f"read {item.name}") or ([item.name], {})
+
+    found = test.run(None, (SubsetTest(None, name=name) for name in "abcd"))
+    answered = [next(found)[0], next(found)[0]]
+    assert answered == [["a"], ["b"]] and events == ["ask a", "ask b", "read a", "ask c", "read b"]
+    with pytest.raises(Interrupted):
+        next(found)
+    # The same where a later test cannot be encoded.
+    found = test.run(None, (SubsetTest(None, name="ab"[1 // (1 - i)]) for i in range(2)))
+    assert next(found) == (["b"], {})
+    with pytest.raises(ZeroDivisionError):
+        next(found)
+
+
+def test_the_next_item_is_made_while_one_is_used():
+    made = []
+    items = one_ahead(made.append(i) or i for i in range(3))
+    assert next(items) == 0
+    while made != [0, 1]:  # in another thread
+        pass
+    assert list(items) == [1, 2] and made == [0, 1, 2]
+    failing = one_ahead(1 // i for i in (1, 0))
+    assert next(failing) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(failing)
+
+
+def test_outputs_wait_on_the_devices_and_no_more_than_a_few(monkeypatch):
+    monkeypatch.setattr(letters, "stop_if_told", lambda: None)
+    fetched = []
+    monkeypatch.setattr(letters.jax, "device_get", lambda output: fetched.append(output) or output)
+    queue = letters.Queue()
+    numbers = [queue.add(f"output {i}") for i in range(letters.MAX_AHEAD + 2)]
+    assert fetched == ["output 0", "output 1"]
+    queue.wait_for(numbers[3])
+    queue.wait_for(numbers[0])
+    assert fetched == ["output 0", "output 1", "output 3"]
+    assert queue.take(numbers[:4]) == [f"output {i}" for i in range(4)] and len(fetched) == 4
+    assert queue.add("later") == numbers[-1] + 1 and queue._outputs.keys() == {4, 5, 6}
+
+
+def test_no_more_than_a_few_batches_have_their_caches_on_the_devices(monkeypatch):
+    monkeypatch.setattr(letters, "stop_if_told", lambda: None)
+    monkeypatch.setattr(letters, "MAX_AHEAD", 100)
+    events, fetch = [], lambda output: events.append(f"there {output}") or output
+    monkeypatch.setattr(letters.jax, "device_get", fetch)
+    monkeypatch.setattr(subsets, "further_questions", lambda *_, **__: iter([("a", "b")] * 4))
+    monkeypatch.setattr(subsets.Tester, "_batches", lambda *_: iter([(i, None) for i in range(4)]))
+    test = made_tester("llava")
+
+    def evaluate(params, batch, features, asked):
+        for output in (f"{batch}", *(f"{batch}{question}" for question in asked)):
+            events.append(f"ask {output}")
+            yield output
+
+    test._followed_evaluator = evaluate
+    encoded, again = asked("llava")
+    numbers, questions, further = test._ask_followed(letters.Queue(), None, SubsetTest(encoded), again)
+    assert (numbers, questions, further) == ([0, 3, 6, 9], ["a", "b"] * 4, [1, 2, 4, 5, 7, 8, 10, 11])
+    # The last answer of a batch is there before the next but one starts.
+    for batch in (2, 3):
+        assert events.index(f"there {batch - 2}b") + 1 == events.index(f"ask {batch}")
+    assert len(events) == 12 + 2
 
 
 # ------------------------------------------------------------------ without the images of the test
@@ -131,19 +211,18 @@ def test_what_is_no_use_is_told():
 
 @pytest.mark.parametrize("family", others_long(TINY))
 def test_blank_and_no_images_show_nothing_of_the_test(family):
-    found = family_toys.setup(family)
-    found = dataclasses.replace(found, run=replace(found.run, eval__batch_size=BATCH, eval__generate=False))
+    test, found = made_tester(family), family_toys.setup(family)
     records = SOURCE.records("ct-liver-state", "test").select(range(3))
-    graphdef, params = build.abstract(found.model)[0], family_toys.placed(family, None)
-    tester = subsets.Tester(found, graphdef, sees=True)
+    params = family_toys.placed(family, None)
 
     def answers(records):
         again = {name: found.encode_eval(made) for name, made in control_sets(records, WITHOUT, 0).items()}
-        return tester.with_controls(params, found.encode_eval(records), again)
+        [answers] = test.run(params, [SubsetTest(found.encode_eval(records), again)])
+        return answers
 
     plain, controls = answers(records)
-    grey = RecordSet(records.records, [BLANK] * 3)
-    np.testing.assert_array_equal(scores(controls["blank_images"]), scores(tester(params, found.encode_eval(grey))))
+    grey = one_by_one(family, found.encode_eval(RecordSet(records.records, [BLANK] * 3)), generate=False)
+    check_alike(controls["blank_images"], grey, generated=False)
     turned = RecordSet(records.records, [records.image(i)[::-1, ::-1] for i in range(3)])
     plain_of_turned, controls_of_turned = answers(turned)
     assert np.abs(scores(plain) - scores(plain_of_turned)).max() > 1e-4
@@ -153,63 +232,18 @@ def test_blank_and_no_images_show_nothing_of_the_test(family):
     assert np.abs(scores(controls["blank_images"]) - scores(controls["text_only"])).max() > 1e-4
 
 
-WITHOUT = ("blank_images", "text_only")
-RUN = replace(RunConfig(), data__max_text_tokens=96, data__train_records_per_subset=4, data__test_records_per_subset=6)
-
-
-class Recorder(subsets.Tester):
-    """Answers nothing, and keeps what it was asked."""
-
-    def __init__(self, setup):
-        super().__init__(setup, None)
-        self.asked = []
-
-    def __call__(self, params, encoded):
-        self.asked.append(encoded)
-        return [Prediction(r.id, r.subset, r.options, r.answer, "A", (0.0,), "A") for r in encoded.records.records]
-
-
-def test_only_moved_options_are_asked_by_another_program(monkeypatch):
-    setup = open_setup(replace(RUN, eval__controls=CONTROLS))
+def test_each_control_is_asked_by_the_cheapest_program_that_knows_it(monkeypatch):
+    """Controls beside the test's images go on from its rows; the others need no free answer, and are decoded once."""
+    setup = open_setup(replace(RunConfig(), data__max_text_tokens=96, data__test_records_per_subset=6))
     records = with_four_options(setup.source.records("oct-skin-grade", "test"))
     again = {name: setup.encode_eval(made) for name, made in control_sets(records, CONTROLS, 0).items()}
-    together = []
-
-    def ask_together(evaluator, params, encoded, controls, tokenizer, **options):
-        together.extend(controls)
-        return [], {name: [] for name in controls}
-
-    monkeypatch.setattr(subsets.letters, "evaluate_controls", ask_together)
-    monkeypatch.setattr(subsets.Tester, "_prefix_evaluator", None)
-    tester = Recorder(setup)
-    tester._sees = True
-    _, answers = tester.with_controls(None, setup.encode_eval(records), again)
-    assert list(answers) == list(again) and together == [*again][:-2] and [*again][-2:] == list(WITHOUT)
-    assert tester.asked == [again[name] for name in WITHOUT]
-
-
-def test_the_plain_test_is_asked_as_without_a_control_and_then_beside_other_images(monkeypatch):
-    setup = open_setup(RUN)
-    records = with_four_options(setup.source.records("oct-skin-grade", "test"))
-    plain = setup.encode_eval(records)
-    again = {
-        name: setup.encode_eval(made, memory_limit_bytes=0)
-        for name, made in control_sets(records, RUN.eval.controls, 0).items()
-    }
-    assert list(again) == ["shuffled_images"]
-    tester = Recorder(setup)
-    answers, others = tester.with_controls(None, plain, again)
-    assert tester.asked[0] is plain and [one.generated for one in answers] == ["A"] * 6
-    assert [(one.id, one.generated) for one in others["shuffled_images"]] == [(r.id, None) for r in records.records]
-
-    # Row by row what decoding each image anew gives, and nothing is decoded.
-    rows = np.array([4, 1, 1, 5])
-    wanted, ids = again["shuffled_images"].rows(rows)
-    monkeypatch.setattr("medcg_jax.data.encoding._decode", lambda *of: 1 / 0)
-    found, same_ids = tester.asked[1].rows(rows)
-    assert ids == same_ids and found.keys() == wanted.keys()
-    for key in wanted:
-        np.testing.assert_array_equal(found[key], wanted[key])
-    assert not np.array_equal(found["pixels"], plain.rows(rows)[0]["pixels"])
-    far = dataclasses.replace(plain, images=None)
-    assert subsets.with_images_of(again["shuffled_images"], far) is again["shuffled_images"]
+    together, alone = [], []
+    read = lambda self, queue, params, encoded, name, evaluator: alone.append((encoded, name, evaluator)) or []
+    monkeypatch.setattr(subsets.Tester, "_ask_plainly", read)
+    follow = lambda self, queue, params, test, controls: together.extend(controls) or ([], [], [])
+    monkeypatch.setattr(subsets.Tester, "_ask_followed", follow)
+    test = subsets.Tester(setup, build.abstract(setup.model)[0], sees=True)
+    test._ask(letters.Queue(), None, SubsetTest(setup.encode_eval(records), again, name="skin"))
+    assert together == [*again][:-2] and [*again][-2:] == list(WITHOUT)
+    assert alone == [(again[name], f"skin/{name}", test._letters_alone) for name in WITHOUT]
+    assert not test._letters_alone.num_new

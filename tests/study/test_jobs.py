@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from medcg_jax.data.release import ReleaseSource
 from medcg_jax.study.design.schedule import make_plan, seeded
 from medcg_jax.study.run.bases import base_model, base_path, base_recipe
 from medcg_jax.study.run.grid import data_fingerprint, write_config
-from medcg_jax.study.run.jobs import SeedData
+from medcg_jax.study.run.jobs import SeedData, Trainer
 from medcg_jax.train.setup import open_setup
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -187,6 +188,35 @@ def test_the_guard_sees_records_beyond_a_subsets_share(clean_tree, tmp_path):
         data.leaking(single, tmp_path / "w")
     trained = next(job for job in jobs if job.cells[0].arm == "trained" and name in dict(job.training))
     assert data.leaking(trained, tmp_path / "w") == frozenset()  # the pair never sees that record
+
+
+# ------------------------------------------------------------------ tests of many cells
+
+
+def test_tests_beyond_the_memory_are_encoded_once_and_decoded_when_drawn(monkeypatch):
+    setup = open_setup(tiny(data__max_text_tokens=40), has_weights=True)
+    names = [subset.name for subset in setup.source.subsets[:2]]
+    wanted = [SeedData(setup).test(name) for name in names]
+    size = sum(array.nbytes for array in wanted[0].images.values())
+    monkeypatch.setattr("medcg_jax.study.run.jobs.MEMORY_LIMIT_BYTES", size)
+    data = SeedData(setup)
+    found = [data.test(name) for name in names]
+    assert [test.images is None for test in found] == [False, True]
+    assert all(data.test(name) is test for name, test in zip(names, found, strict=True))
+    rows = np.array([2, 0])
+    for test, expected in zip(found, wanted, strict=True):
+        for key, array in expected.rows(rows)[0].items():
+            np.testing.assert_array_equal(test.rows(rows)[0][key], array)
+
+
+def test_another_seed_starts_without_the_features_of_the_last_one(tmp_path):
+    """Its subsets have the same names and other images."""
+    trainer, forgotten = Trainer(tiny(), tmp_path, None), []
+    trainer._tester = SimpleNamespace(forget=lambda: forgotten.append(trainer._seed))
+    trainer.setup(0)
+    trainer.setup(0)
+    trainer.setup(1)
+    assert forgotten == [None, 0]
 
 
 # ------------------------------------------------------------------ general records

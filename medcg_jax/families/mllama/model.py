@@ -102,8 +102,8 @@ class Mllama(VisionLanguageModel):
     def make_adapters(self, lora, **init) -> MllamaAdapters:
         return MllamaAdapters(self.config.text, lora, **init)
 
-    def encode_images(self, images: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """{"features": float[B, I, tiles * tokens, D], "num_tiles": int[B, I]} of each row's images.
+    def tower_features(self, images: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """{"features": float[B, I, tiles * tokens, F], "num_tiles": int[B, I]}: what the tower alone makes of images.
 
         images: pixels uint8[B, I, 4, h, w, 3] (or float, already normalised) of each image's tiles, absent ones last;
           aspect_ratio_ids int[B, I], the grid from 1; num_tiles int[B, I], the number of tiles. Both 0: there is no
@@ -120,9 +120,13 @@ class Mllama(VisionLanguageModel):
             if images[name].shape != (rows, count):
                 raise ValueError(f"{name} {images[name].shape} beside pixels {pixels.shape}; expected [batch, images]")
         flat = (images[name].reshape(rows * count, *images[name].shape[2:]) for name in self.image_keys)
-        features = self.projector(self.vision(*flat, dtype=self.dtype))
+        features = self.vision(*flat, dtype=self.dtype)
         shape = (rows, count, self.config.vision.num_tokens, features.shape[-1])
         return {"features": features.reshape(shape), "num_tiles": images["num_tiles"]}
+
+    def project_features(self, features: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """The same, "features" projected to float[B, I, tiles * tokens, D]. Keys and values are the decoder's."""
+        return features | {"features": self.projector(features["features"])}
 
     def image_tokens(self, images: dict[str, jax.Array], side: int) -> tuple[jax.Array, jax.Array]:
         from medcg_jax.families.mllama.rows import GRIDS  # it decodes images, which a bare machine cannot

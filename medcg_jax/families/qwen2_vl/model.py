@@ -149,8 +149,8 @@ class Qwen2VL(VisionLanguageModel):
     def make_projector(self, **init) -> Merger:
         return Merger(self.config, **init)
 
-    def encode_images(self, images: dict[str, jax.Array]) -> ImageFeatures:
-        """The features of each row's images, and how many of each image's slots are real.
+    def tower_features(self, images: dict[str, jax.Array]) -> ImageFeatures:
+        """What the tower alone makes of each row's images: features float[B, I, N, E] of patches, and their `grids`.
 
         images: `pixels`, uint8[B, I, N, C] patches of C = `vision.patch_dim` numbers, or float[B, I, N, C] already
           normalised, padding last, in the order of `vit.patch_places`. `grids`, int32[B, I, 2], rows and columns of
@@ -170,8 +170,15 @@ class Qwen2VL(VisionLanguageModel):
             raise ValueError(f"grids {grids.shape} beside pixels {pixels.shape}; expected [batch, images, 2]")
         rows, num = pixels.shape[:2]
         flat = pixels.reshape(rows * num, *pixels.shape[2:]), grids.reshape(rows * num, 2)
-        features = self.projector(self.vision(*flat, dtype=self.dtype, attention=self.config.attention))
-        return ImageFeatures(features.reshape(rows, -1, features.shape[-1]), grids // vision.merge)
+        features = self.vision(*flat, dtype=self.dtype, attention=self.config.attention)
+        return ImageFeatures(features.reshape(rows, num, *features.shape[1:]), grids)
+
+    def project_features(self, features: ImageFeatures) -> ImageFeatures:
+        """The features of each row's images, and how many of each image's slots are real."""
+        patches, grids = features
+        rows, num = patches.shape[:2]
+        merged = self.projector(patches.reshape(rows * num, *patches.shape[2:]))
+        return ImageFeatures(merged.reshape(rows, -1, merged.shape[-1]), grids // self.config.vision.merge)
 
     def image_tokens(self, images: dict[str, jax.Array], side: int) -> tuple[jax.Array, jax.Array]:
         features, grids = self.encode_images(images)

@@ -21,7 +21,7 @@ from medcg_jax.data.sources import open_source
 from medcg_jax.data.splits import balanced, labels_of
 from medcg_jax.eval.predictions import NonFiniteScores, write_controls
 from medcg_jax.eval.probe import MIN_RECORDS, Prober, ProbeResult
-from medcg_jax.eval.subsets import Tester, write_tested
+from medcg_jax.eval.subsets import SubsetTest, Tester, write_tested
 from medcg_jax.families.build import join, shardings, split_trainable
 from medcg_jax.files import write_whole
 from medcg_jax.study.design import leaks
@@ -183,7 +183,10 @@ class SeedData:
             encoded = encode(self._records(subset, split, count, without, blank), **lengths)
             size = sum(array.nbytes for array in (encoded.images or {}).values())
             if self._bytes + size > MEMORY_LIMIT_BYTES:
-                return encoded
+                if split == "train":
+                    return encoded
+                # A test's images are decoded when they are drawn; where their features are kept, once for all cells.
+                encoded, size = dataclasses.replace(encoded, images=None), 0
             self._cache[key] = encoded
             self._bytes += size
         return self._cache[key]
@@ -226,6 +229,8 @@ class Trainer:
         """The setup of one seed's base and jobs; kept until another seed is asked for."""
         if self._seed != seed:
             self._base: tuple | None = None  # frees its memory before the next base is read
+            if self._tester is not None:
+                self._tester.forget()  # this seed's tests have other images
             self._setup = open_setup(seeded(self._run, seed))
             self._data = SeedData(self._setup, self._jobs)
             self._seed = seed
@@ -353,13 +358,10 @@ class Trainer:
             self._tester = Tester(self._setup, graphdef, sees=job.steps > 0)
         # Like the first step, the first test of a process compiles.
         compiles = self._run.study.jobs > 1 and not self._has_tested
-        answers, control_answers = {}, {}
+        tests = (SubsetTest(self._data.test(name), self._data.controls(name), name) for name in job.targets)
         with self._lock("compile.test") if compiles else nullcontext():
-            for name in job.targets:
-                test, controls = self._data.test(name), self._data.controls(name)
-                answers[name], control_answers[name] = (
-                    self._tester.with_controls(params, test, controls) if controls else (self._tester(params, test), {})
-                )
+            tested = dict(zip(job.targets, self._tester.run(params, tests), strict=True))
+        answers, control_answers = ({name: pair[i] for name, pair in tested.items()} for i in range(2))
         self._has_tested = True
         probed = self._probe(job, graphdef, params) if self._run.study.probe and not job.steps else {}
         if jax.process_index() > 0:
