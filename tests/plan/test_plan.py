@@ -215,7 +215,6 @@ def test_a_released_size_keeps_its_vocabulary():
     layout = plan.layout_of(planned_run)
     assert layout.layer_bytes == pytest.approx(2 * 202_383_360, rel=0.01)  # one block of Llama-7B
     assert 1e6 < layout.whole_bytes < 1e7  # norms and biases
-    assert plan.gathered_bytes(planned_run) == pytest.approx(2 * plan.build.num_params(planned_run.params()))
 
 
 # ------------------------------------------------------------------ wrong use
@@ -296,7 +295,7 @@ def test_search_ranks_what_fits(as_v5e, monkeypatch, capsys):
     found = search.search(RUN, "local", memory_bytes=GIB, most_compiles=2)
     capsys.readouterr()
     assert len(found["ranked"]) == 2 and "exit_status" not in found
-    rates = [row["samples_per_s_per_chip_in_turn"] for row in found["ranked"]]
+    rates = [row["samples_per_s_per_chip_simulated"] for row in found["ranked"]]
     assert rates == sorted(rates, reverse=True)
     page = search.table(found)
     assert "the first: --config.mesh.data=" in page and max(map(len, page.splitlines())) <= plan_text.WIDTH
