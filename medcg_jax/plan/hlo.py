@@ -7,6 +7,7 @@ module cannot read is an error, never a guess: a collective that is skipped woul
     assert not crossing(ran, num_devices=8, num_groups=2)
 """
 
+import itertools
 import math
 import re
 from collections import defaultdict
@@ -164,7 +165,8 @@ class Program:
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text)
         if known:
             return int(known[1])
-        # TPU programs state no trip count: the condition compares a counter from 0 with its only constant.
+        # TPU programs state no trip count: the condition compares a counter from 0 with its only constant. A loop over the
+        # parts of a product takes two at a time.
         constants, compared = set(), set()
         for op in self._below(loop.attribute("condition")):
             if op.opcode == "constant" and re.match(r"[su]\d+\[\]", op.shape):
@@ -175,7 +177,23 @@ class Program:
             return open_trips
         if len(constants) != 1 or compared != {"LT"}:
             raise ValueError(f"unknown trips of the loop {loop.name}: constants {constants}, compared {compared}")
-        return int(constants.pop())
+        return -(-int(constants.pop()) // self._counted_by(loop))
+
+    def _counted_by(self, loop: Instruction) -> int:
+        """By how much a loop's counter grows in an iteration; 1 where that is not written as a sum with a constant."""
+        condition, body = (
+            {op.name: op for op in self.computations[loop.attribute(role)]} for role in ("condition", "body")
+        )
+        compared = [op for op in condition.values() if op.opcode == "compare"]
+        counters = [operands(op)[0] for op in compared]
+        places = [re.search(r"\bindex=(\d+)", condition[name].text) for name in counters if name in condition]
+        results = operands(list(body.values())[-1])
+        if len(places) != 1 or places[0] is None or int(places[0][1]) >= len(results):
+            return 1
+        grown = body.get(results[int(places[0][1])])
+        added = [body.get(name) for name in operands(grown)] if grown and grown.opcode == "add" else []
+        constants = [op.text.partition(")")[0] for op in added if op and op.opcode == "constant"]
+        return int(constants[0]) if len(constants) == 1 and constants[0].isdecimal() else 1
 
     def _below(self, name: str) -> Iterator[Instruction]:
         for op in self.computations[name]:
@@ -205,11 +223,12 @@ def collectives(text: str, *, open_trips: int | None = None) -> list[Collective]
             return None
         collective = collective_of(op, num_devices, fusion=scope.fusion)
         if scope.fusion:
-            # TPU splits an asynchronous collective into several fusions, each with a copy of it.
-            copy = scope.body, *identity(op)
-            if copy in copies:
+            # TPU splits an asynchronous collective into several fusions, each with a copy of it; some may stand in loops
+            # beside which it runs.
+            around = itertools.accumulate(scope.body.split("/"), lambda outer, inner: f"{outer}/{inner}")
+            if any((body, *identity(op)) in copies for body in around):
                 return []
-            copies.add(copy)
+            copies.add((scope.body, *identity(op)))
         return [replace(collective, trips=program.trips(scope, open_trips))]
 
     executed = list(program.executed(visit))
@@ -239,14 +258,14 @@ def collective_of(op: Instruction, num_devices: int, fusion: str = "") -> Collec
     return Collective(op.name, kind, tuple(map(tuple, groups)), payload, 1)
 
 
-def identity(op: Instruction) -> tuple[str, str]:
-    """What the copies of one collective in several fusions share: channel and shape.
+def identity(op: Instruction) -> tuple[str, ...]:
+    """What the copies of one collective in several fusions share: channel, shape, and number of its chain of fusions.
 
     libtpu's combiner gives every collective channel 1. The layout is not shared: a copy may lie in another memory
     ("S(1)").
     """
-    channel = re.search(r"\bchannel_id=(\d+)", op.text)
-    return channel[1] if channel else "", re.sub(r"\{[^}]*\}", "", op.shape)
+    found = (re.search(pattern, op.text) for pattern in (r"\bchannel_id=(\d+)", r'chain_id="(\d+)"'))
+    return re.sub(r"\{[^}]*\}", "", op.shape), *(number[1] if number else "" for number in found)
 
 
 def attention_in(text: str) -> str:
@@ -306,6 +325,13 @@ def kind_of(op: Instruction) -> str | None:
     if op.opcode in ("send", "recv") and "is_host_transfer=true" not in op.text:
         raise ValueError(f"{op.name}: {op.opcode} between devices is not known here")
     return next((kind for kind in KINDS if op.opcode in (kind, f"{kind}-start")), None)
+
+
+def operands(op: Instruction) -> list[str]:
+    """Names of an instruction's operands."""
+    inner = op.text[: closing("(" + op.text, 0) - 1]
+    inner = re.sub(r"/\*.*?\*/", "", inner)
+    return [operand.split()[-1].lstrip("%") for operand in elements_of(f"({inner})") if operand.strip()]
 
 
 def closing(text: str, start: int) -> int:

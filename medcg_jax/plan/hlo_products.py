@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-from medcg_jax.plan.hlo import Instruction, Program, Scope, closing, elements_of, num_bytes
+from medcg_jax.plan.hlo import Instruction, Program, Scope, elements_of, num_bytes, operands
 
 GEMMS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8", "__onednn$matmul")
 FMHA = "__cudnn$fmhaSoftmax"
@@ -118,13 +118,6 @@ def product_of(op: Instruction, shapes: dict[str, str], unread: dict) -> tuple[s
     if not OTHERS.fullmatch(target) and not op.called():
         unread.setdefault(f"{target} ({op.name.partition('.')[0]})" if target == MOSAIC else target or op.name)
     return None
-
-
-def operands(op: Instruction) -> list[str]:
-    """Names of an instruction's operands."""
-    inner = op.text[: closing("(" + op.text, 0) - 1]
-    inner = re.sub(r"/\*.*?\*/", "", inner)
-    return [operand.split()[-1].lstrip("%") for operand in elements_of(f"({inner})") if operand.strip()]
 
 
 def dims(shape: str) -> tuple[int, ...]:

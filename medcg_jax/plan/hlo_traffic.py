@@ -10,8 +10,8 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 
-from medcg_jax.plan.hlo import Instruction, Program, elements_of, kind_of, num_bytes
-from medcg_jax.plan.hlo_products import FMHA, GEMMS, operands
+from medcg_jax.plan.hlo import Instruction, Program, elements_of, kind_of, num_bytes, operands
+from medcg_jax.plan.hlo_products import FMHA, GEMMS
 
 # Instructions that move no array: they name one, or are an argument, a constant or the number of a device.
 STILL = {

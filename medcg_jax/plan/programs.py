@@ -185,22 +185,22 @@ class Compiled:
             return topology.text_of(self.program, self.options)
 
 
-def compile_training(planned: PlannedRun, batch_size: int) -> Compiled:
-    """The training step at this batch size.
+def compile_training(planned: PlannedRun, batch_size: int, countable: bool = True) -> Compiled:
+    """The training step at this batch size; countable: as in `topology.compiler_options`.
 
     Raises:
       RunError: it cannot be compiled for a reason other than memory.
     """
     batch = batch_of(train_rows(planned.setup), batch_size)
-    options = topology.compiler_options(planned.mesh.devices.flat[0])
+    options = topology.compiler_options(planned.mesh.devices.flat[0], countable)
     return compiled(
         "the training step", options,
         lambda: planned.program.compile(planned.trainable, planned.frozen, batch, options)[1],
     )  # fmt: skip
 
 
-def compile_tests(planned: PlannedRun) -> Compiled:
-    """The program that answers a batch of choice questions.
+def compile_tests(planned: PlannedRun, countable: bool = True) -> Compiled:
+    """The program that answers a batch of choice questions; countable: as in `topology.compiler_options`.
 
     Raises:
       RunError: as `compile_training`.
@@ -212,7 +212,7 @@ def compile_tests(planned: PlannedRun) -> Compiled:
     )  # fmt: skip
     shapes, sharding = batch_of(eval_rows(setup), config.batch_size), batch_sharding(mesh)
     batch = {key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for key, x in shapes.items()}
-    options = topology.compiler_options(mesh.devices.flat[0])
+    options = topology.compiler_options(mesh.devices.flat[0], countable)
 
     def build_program() -> jax.stages.Compiled:
         with jax.set_mesh(mesh):

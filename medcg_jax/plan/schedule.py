@@ -14,11 +14,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from medcg_jax.plan.hlo import Collective, Instruction, Program, collective_of, identity, kind_of
-from medcg_jax.plan.hlo_products import operands, product_of
+from medcg_jax.plan.hlo import Collective, Instruction, Program, collective_of, identity, kind_of, operands
+from medcg_jax.plan.hlo_products import product_of
 from medcg_jax.plan.hlo_traffic import Traffic
 
-CHAIN = re.compile(r'chain_id="(\d+)"')
 ASYNC_CALL = re.compile(r'custom_call_target="AsyncCollective(Start|Done)"')
 
 
@@ -99,21 +98,24 @@ class _Reader:
         self.traffic = Traffic(program)
         self.shapes = {name: {op.name: op.shape for op in ops} for name, ops in program.computations.items()}
 
-    def steps(self, computation: str) -> Iterator[Step]:
+    def steps(self, computation: str, carried: frozenset[tuple[str, ...]] = frozenset()) -> Iterator[Step]:
         """The steps of a computation; whatever starts in it must be done in it.
+
+        carried: keys of collectives in fusions that run beside the whole computation.
 
         Raises:
           ValueError: as `read`.
         """
-        pending = _Pending()
+        pending = _Pending(carried)
         for op in self.program.computations[computation]:
             if op.opcode == "while":
                 trips = self.program.loop_trips(op, self.open_trips)
-                inner = [*self.steps(op.attribute("body")), *self.steps(op.attribute("condition"))]
+                beside = pending.begun()
+                inner = [*self.steps(op.attribute("body"), beside), *self.steps(op.attribute("condition"), beside)]
                 yield Loop(op.name, tuple(inner), trips, op.operation)
             elif op.opcode in ("call", "conditional"):
                 for called in op.called():
-                    yield from self.steps(called)
+                    yield from self.steps(called, pending.begun())
             elif op.opcode == "fusion":
                 yield from self._fusion(op, computation, pending)
             elif op.opcode in ("send", "send-done", "recv", "recv-done"):
@@ -181,8 +183,8 @@ class _Reader:
         collectives = [(inner, name) for inner, name in inside if kind_of(inner) is not None]
         marks = {mark[1] for inner, _ in inside if (mark := ASYNC_CALL.search(inner.text))}
         for inner, name in collectives:
-            key = self._key(inner)
-            if "Start" in marks or not marks and key not in pending.fused:
+            key = identity(inner)
+            if "Start" in marks or not marks and key not in pending.begun():
                 starts = f"{op.name}/{inner.name}"
                 collective = dataclasses.replace(collective_of(inner, self.num_devices, fusion=name), name=op.name)
                 yield Start(starts, collective, inner.operation, bool(marks))
@@ -193,12 +195,12 @@ class _Reader:
         yield from self._compute(op, computation)
         if "Done" in marks:
             for inner, _ in collectives:
-                starts = pending.fused.get(self._key(inner))
+                starts = pending.fused.get(identity(inner))
                 if not starts:
                     raise ValueError(f"{op.name} ends {inner.name}, and nothing before it started that")
                 yield Done(starts.pop(0))
                 if not starts:
-                    del pending.fused[self._key(inner)]
+                    del pending.fused[identity(inner)]
 
     def _inside(self, computation: str) -> Iterator[tuple[Instruction, str]]:
         """(instruction, computation) of a fusion, nested fusions included; not what a reduction does with two numbers."""
@@ -206,11 +208,6 @@ class _Reader:
             yield op, computation
             for called in op.called() if op.opcode == "fusion" else ():
                 yield from self._inside(called)
-
-    @staticmethod
-    def _key(op: Instruction) -> tuple[str, ...]:
-        chain = CHAIN.search(op.text)
-        return (*identity(op), chain[1] if chain else "")
 
     def _between_slices(self, op: Instruction, pending: "_Pending") -> Iterator[Step]:
         """A sum between slices: `send` gives one device's summand to the host, `recv-done` waits for the sum."""
@@ -227,13 +224,19 @@ class _Pending:
     """What has started in a computation and is not done.
 
     starts: a name that a done may give -> the start. fused: key of a collective in fusions -> starts, oldest first.
+    carried: as in `_Reader.steps`.
     """
 
-    def __init__(self):
+    def __init__(self, carried: frozenset[tuple[str, ...]]):
+        self.carried = carried
         self.starts: dict[str, str] = {}
         self.copies: set[str] = set()
         self.fused: dict[tuple[str, ...], list[str]] = {}
         self.sends: list[str] = []
+
+    def begun(self) -> frozenset[tuple[str, ...]]:
+        """Keys of the collectives in fusions that have started, here or around this computation."""
+        return self.carried | self.fused.keys()
 
     def updated(self, op: Instruction) -> None:
         self.starts[op.name] = self._of(op)

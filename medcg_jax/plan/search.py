@@ -174,7 +174,9 @@ def compiled(candidate: Candidate, planned: PlannedRun, usable: float, peak: Pea
         "estimated_bytes": candidate.least_bytes,
         "estimated_s": candidate.seconds,
     }
-    step = plan.training(planned, compile_training(planned, run.train.batch_size), usable, peak, full_effort)
+    step = plan.training(
+        planned, compile_training(planned, run.train.batch_size, not full_effort), usable, peak, full_effort
+    )
     copied = (
         "fits", "refused", "peak_bytes", "held_bytes", "collectives", "findings", "bound", "schedule", "mfu",
         "compile_cpu_s",

@@ -62,11 +62,13 @@ class Exposure:
     """One collective of a program, over all its executions in one call.
 
     seconds: that it takes alone. beside_s: computations between its start and its done. exposed_s: the device waits for
-    it. loop: jax's name of the innermost loop around it, "" for none; trips: its executions.
+    it. loop: jax's name of the innermost loop around it, "" for none. crosses: it takes the network between islands.
+    trips: its executions.
     """
 
     start: Start
     loop: str
+    crosses: bool
     seconds: float = 0.0
     beside_s: float = 0.0
     exposed_s: float = 0.0
@@ -192,7 +194,7 @@ class _Clock:
         if network:
             self.network_free = max(self.now, self.network_free) + network
             ends = max(ends, self.network_free)
-        exposure = self.exposures.setdefault((loops, step.name), Exposure(step, operation))
+        exposure = self.exposures.setdefault((loops, step.name), Exposure(step, operation, bool(network)))
         exposure.trips += 1
         exposure.seconds += max(links, network)
         for name, value in (("links", links), ("between", network), ("collectives", max(links, network))):

@@ -91,8 +91,10 @@ def plan(
         "whole_on_every_device": build.replicated(planned.setup.model, mesh),
     }
     with effort(full_effort):
-        train = training(planned, compile_training(planned, run.train.batch_size), usable, peak, full_effort)
-        tests = testing(planned, compile_tests(planned), usable, peak, full_effort)
+        train = training(
+            planned, compile_training(planned, run.train.batch_size, not full_effort), usable, peak, full_effort
+        )
+        tests = testing(planned, compile_tests(planned, not full_effort), usable, peak, full_effort)
         result |= {"train": train, "eval": tests, "fits": train["fits"] and tests["fits"]}
         if not train["fits"]:
             result["largest_batch"] = largest_batch(planned, usable)

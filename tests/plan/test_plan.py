@@ -119,12 +119,34 @@ def test_the_bound_and_the_grid(as_v5e):
     assert train["overlapped_s"] == max(train[f"{part}_s"] for part in ("compute", "memory", "network"))
     assert train["in_turn_s"] == pytest.approx(sum(train[f"{part}_s"] for part in ("compute", "memory", "network")))
     assert found["train"]["samples_per_s"] == pytest.approx(16 / train["overlapped_s"])
+    for program in (found["train"], found["eval"]):
+        bound, simulated = program["bound"], program["schedule"]
+        assert bound["overlapped_s"] <= bound["simulated_s"] <= bound["in_turn_s"] and bound["unknown"] == ()
+        # A CPU's collectives are not asynchronous: all are exposed.
+        assert simulated["exposed_s"] == pytest.approx(simulated["collectives_s"]) and len(simulated["longest"]) == 5
+        assert bound["simulated_s"] == pytest.approx(simulated["busy_s"] + simulated["exposed_s"])
+    assert found["train"]["samples_per_s_simulated"] == pytest.approx(16 / train["simulated_s"])
     hours = (1000 * train["overlapped_s"] + 100 * tests["overlapped_s"]) / 3600 * 8
     assert found["grid"]["chip_hours"] == pytest.approx(hours) and found["grid"]["usd"] == pytest.approx(2 * hours)
     assert found["grid"]["usd_in_turn"] > found["grid"]["usd"]
     page = plan_text.text_of(found)
+    assert "ms simulated, by the schedule" in page and "training step: waits for collectives" in page
     assert "no measurement" in page and "chip-hours" in page and "16,000 samples, 800 tests" in page
     assert "--price" in plan_text.text_of(plan.plan(RUN, "local", memory_bytes=GIB, grid=grid))
+
+
+def test_a_schedule_that_cannot_be_read_is_said_and_the_bound_leaves_memory_out(as_v5e, monkeypatch):
+    def read(text, **rest):
+        raise ValueError("fusion.1: the work of new_kernel is not known here")
+
+    monkeypatch.setattr(plan.schedule, "read", read)
+    found = plan.plan(RUN, "local", memory_bytes=GIB)
+    bound = found["train"]["bound"]
+    assert bound["simulated_s"] is None and bound["memory_s"] is None and bound["network_s"] > 0
+    assert found["train"]["samples_per_s_simulated"] is None
+    assert "bytes over memory are not known: fusion.1: the work of new_kernel" in plan_text.text_of(found).replace(
+        "\n    ", " "
+    )
 
 
 def test_generation_counts_as_often_as_it_is_said_to_run():

@@ -98,6 +98,49 @@ def test_a_gather_inside_fusions_as_a_tpu_writes_it():
     assert names(carries) == [("Start", "f2/g2"), ("Done", "f2/g2"), ("Compute", "f2")] and not carries[0].is_async
 
 
+LOOP = """%body (t: (u32[], f32[8,16], f32[16,4], f32[4,4])) -> (u32[], f32[8,16], f32[16,4], f32[4,4]) {
+  %t = (u32[], f32[8,16]{1,0}, f32[16,4]{1,0}, f32[4,4]{1,0}) parameter(0)
+  %i = u32[] get-tuple-element(%t), index=0
+  %x = f32[8,16]{1,0} get-tuple-element(%t), index=1
+  %w = f32[16,4]{1,0} get-tuple-element(%t), index=2
+  %s = f32[4,4]{1,0} get-tuple-element(%t), index=3
+  CARRY
+  %two = u32[] constant(2)
+  %j = u32[] add(%i, %two)
+  ROOT %n = (u32[], f32[8,16]{1,0}, f32[16,4]{1,0}, f32[4,4]{1,0}) tuple(%j, %x, %w, %s)
+}
+
+%condition (t: (u32[], f32[8,16], f32[16,4], f32[4,4])) -> pred[] {
+  %t = (u32[], f32[8,16]{1,0}, f32[16,4]{1,0}, f32[4,4]{1,0}) parameter(0)
+  %i = u32[] get-tuple-element(%t), index=0
+  %k = u32[] constant(7)
+  ROOT %l = pred[] compare(%i, %k), direction=LT
+}
+
+""".replace("CARRY", CARRY)
+
+
+def test_a_gather_that_runs_beside_a_loop_over_parts_of_a_product():
+    """The loop takes two parts at a time, four times for seven; what its fusions carry is not gathered anew."""
+    text = entry(
+        BEGIN,
+        "%c = u32[] constant(0)",
+        "%a = (u32[], f32[8,16]{1,0}, f32[16,4]{1,0}, f32[4,4]{1,0}) tuple(%c, %x, %w, %s)",
+        "%v = (u32[], f32[8,16]{1,0}, f32[16,4]{1,0}, f32[4,4]{1,0}) while(%a), condition=%condition, body=%body",
+        END,
+        before=FUSED + LOOP,
+    )
+    start, loop, done = schedule.read(text)
+    assert (start, done.name) == (start, start.name) and (loop.trips, names(loop.steps)[0]) == (4, ("Compute", "f2"))
+    assert [type(step) for step in loop.steps] == [Compute] * len(loop.steps)
+    assert [(c.kind, c.trips) for c in hlo.collectives(text)] == [("all-gather", 1)]
+    # Alone, the loop's fusion gathers in every iteration.
+    carry = "%carry" + FUSED.partition("%carry")[2].partition("%end")[0]
+    alone = text.replace(FUSED, carry).replace(BEGIN, "").replace(END, "ROOT %z = u32[] add(%c, %c)")
+    assert [(c.kind, c.trips) for c in hlo.collectives(alone)] == [("all-gather", 4)]
+    assert isinstance(schedule.read(alone)[0].steps[0], Start)
+
+
 def test_the_tpus_reduce_scatter_is_an_all_reduce_in_a_fusion():
     before = """%all-reduce-scatter.1 (a: f32[16,4]) -> f32[4,4] {
   %a = f32[16,4]{1,0} parameter(0)
