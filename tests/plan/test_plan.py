@@ -386,6 +386,8 @@ def test_a_tpu_that_is_not_there(tmp_path):
     assert found["train"]["bound"]["overlapped_s"] > 0 and found["train"]["collectives"]
     for part in (found["train"], found["eval"]):
         assert part["products"]["flops"] > 0 and part["products"]["not_counted"] == ""
+        assert part["bound"]["overlapped_s"] <= part["schedule"]["step_s"] <= part["bound"]["in_turn_s"]
+        assert all("--full_effort" in wait["remedy"] for wait in part["schedule"]["longest"] if not wait["is_async"])
 
 
 def test_a_run_alone_keeps_nothing_beside_its_programs():
