@@ -6,6 +6,8 @@ The machine is measured in the same run, on the same eight devices, which share 
 products and of the memory when all devices work at once, and what a collective costs, fixed and for each byte. On a CPU
 no collective is asynchronous, so this shows how well the reading of products, bytes and collectives tells one mesh from
 another; it shows nothing of how an accelerator hides them. Steps of all meshes alternate, so that other load slows all.
+Seconds are told twice: of the wall, and of CPU time divided by the cores, which is what the wall would be if the cores did
+nothing else and never idled.
 """
 
 import argparse
@@ -40,19 +42,26 @@ MESHES = tuple(
     for data, fsdp, tensor in itertools.product((1, 2, 4, 8), repeat=3)
     if data * fsdp * tensor == NUM_DEVICES
 )
-# Of the measurements of the machine: side of the matrices, bytes of an array, payloads of a collective, repetitions.
-SIDE, ARRAY_BYTES, PAYLOADS, REPEATS = 512, 1 << 20, (1 << 10, 1 << 21), 20
+# Of the machine's measurements: side of the matrices, bytes of an array, payloads and groups of a sum, repetitions.
+SIDE, ARRAY_BYTES, PAYLOADS, GROUP_SIZES, REPEATS = 512, 1 << 20, (1 << 10, 1 << 21), (2, 4, 8), 20
 
 
-def median_seconds(call, rounds: int = 7) -> float:
-    """Median seconds of `call`, which returns arrays; its first call compiles and does not count."""
+WALL, CPU = "wall", "cpu"
+CLOCKS = {WALL: time.perf_counter, CPU: lambda: time.process_time() / (os.cpu_count() or 1)}
+
+
+def timed(call) -> dict[str, float]:
+    """Seconds of one call, which returns arrays, by each of `CLOCKS`."""
+    began = {name: clock() for name, clock in CLOCKS.items()}
     jax.block_until_ready(call())
-    seconds = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        jax.block_until_ready(call())
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+    return {name: clock() - began[name] for name, clock in CLOCKS.items()}
+
+
+def median_seconds(call, rounds: int = 7) -> dict[str, float]:
+    """Median seconds of a repetition in `call`, by clock; its first call compiles and does not count."""
+    jax.block_until_ready(call())
+    seconds = [timed(call) for _ in range(rounds)]
+    return {name: statistics.median(times[name] for times in seconds) / REPEATS for name in CLOCKS}
 
 
 def on_each(body, *shapes):
@@ -71,36 +80,35 @@ def on_each(body, *shapes):
     return lambda: program(*arrays)
 
 
-def measure_machine() -> tuple[Machine, dict]:
-    """What one of eight devices that work at once does in a second, and the measurements in words."""
-    product = median_seconds(on_each(lambda x, w: x @ w, (SIDE, SIDE), (SIDE, SIDE))) / REPEATS
+def measure_machines() -> tuple[dict[str, Machine], dict]:
+    """By clock: what one of eight devices that work at once does in a second; and the measurements."""
+    product = median_seconds(on_each(lambda x, w: x @ w, (SIDE, SIDE), (SIDE, SIDE)))
     numbers = ARRAY_BYTES // 4
-    memory = median_seconds(on_each(lambda x, y: x + y, (numbers,), (numbers,))) / REPEATS
+    memory = median_seconds(on_each(lambda x, y: x + y, (numbers,), (numbers,)))
 
-    def of_payload(payload: int, size: int) -> float:
+    def of_payload(payload: int, size: int) -> dict[str, float]:
         groups = [list(range(first, first + size)) for first in range(0, NUM_DEVICES, size)]
 
         def summed(x):
             return jax.lax.psum(x, "x", axis_index_groups=groups) * (1.0 / size)
 
-        return median_seconds(on_each(summed, (payload // 4,))) / REPEATS
+        return median_seconds(on_each(summed, (payload // 4,)))
 
-    small, large = ({size: of_payload(payload, size) for size in (2, 4, 8)} for payload in PAYLOADS)
-    added = (PAYLOADS[1] - PAYLOADS[0]) * sum(RING["all-reduce"](size) for size in large)
-    machine = Machine(
-        flops_per_s=2 * SIDE**3 / product,
-        memory_bytes_per_s=3 * ARRAY_BYTES / memory,
-        link_bytes_per_s=added / (sum(large.values()) - sum(small.values())),
-        network_bytes_per_s=1.0,
-        island_of=(0,) * NUM_DEVICES,
-        collective_s=statistics.mean(small.values()),
-    )
-    return machine, {
-        "product_side": SIDE, "array_bytes": ARRAY_BYTES, "payload_bytes": PAYLOADS,
-        "sum_s_by_devices": {"small": small, "large": large},
-        "flops_per_s": machine.flops_per_s, "memory_bytes_per_s": machine.memory_bytes_per_s,
-        "link_bytes_per_s": machine.link_bytes_per_s, "collective_s": machine.collective_s,
-    }  # fmt: skip
+    small, large = ([of_payload(payload, size) for size in GROUP_SIZES] for payload in PAYLOADS)
+    added = (PAYLOADS[1] - PAYLOADS[0]) * sum(map(RING["all-reduce"], GROUP_SIZES))
+    machines = {
+        clock: Machine(
+            flops_per_s=2 * SIDE**3 / product[clock],
+            memory_bytes_per_s=3 * ARRAY_BYTES / memory[clock],
+            link_bytes_per_s=added / sum(a[clock] - b[clock] for a, b in zip(large, small, strict=True)),
+            network_bytes_per_s=1.0,
+            island_of=(0,) * NUM_DEVICES,
+            collective_s=statistics.mean(times[clock] for times in small),
+        )
+        for clock in CLOCKS
+    }
+    rates = ("flops_per_s", "memory_bytes_per_s", "link_bytes_per_s", "collective_s")
+    return machines, {clock: {name: getattr(machine, name) for name in rates} for clock, machine in machines.items()}
 
 
 class Step:
@@ -126,43 +134,50 @@ class Step:
         hparams = planned.program.put_hparams(hparams_from(dataclasses.replace(run.train, steps=10**6), 1))
         self.state, self.rest = state, (frozen, hparams, put_batch(rows, planned.program.batch_sharding))
 
-    def run(self) -> float:
-        """Seconds of one step."""
-        began = time.perf_counter()
-        self.state, metrics = self.program(self.state, *self.rest)
-        jax.block_until_ready((self.state, metrics))
-        return time.perf_counter() - began
+    def run(self) -> dict[str, float]:
+        """Seconds of one step, by clock."""
+
+        def step():
+            self.state, metrics = self.program(self.state, *self.rest)
+            return self.state, metrics
+
+        return timed(step)
 
 
 def measure(run: RunConfig, rounds: int) -> dict:
     """The machine, and for each mesh its measured and simulated seconds a step; rank correlation and errors over all."""
     steps = [Step(run, mesh) for mesh in MESHES]
-    machine, about = measure_machine()
-    seconds: list[list[float]] = [[] for _ in steps]
+    machines, about = measure_machines()
+    seconds: list[list[dict[str, float]]] = [[] for _ in steps]
     for number in range(rounds + 1):
         for step, measured in zip(steps, seconds, strict=True):
             taken = step.run()
             if number:  # the first one warms up
                 measured.append(taken)
-    after, about_after = measure_machine()
-    rows = []
-    for step, measured in zip(steps, seconds, strict=True):
-        result = simulate(step.steps, machine)
-        rows.append(
-            step.sizes
-            | {"measured_s": statistics.median(measured), "least_s": min(measured), "most_s": max(measured)}
-            | {"simulated_s": result.step_s, "simulated_after_s": simulate(step.steps, after).step_s}
-            | {"busy_s": result.busy_s, "collectives_s": result.collectives_s}
-        )
-    ratios = [row["simulated_s"] / row["measured_s"] for row in rows]
-    scale = statistics.median(ratios)
-    return {
+    result = {
         "model": run.model.name, "rows": run.train.batch_size, "rounds": rounds, "cores": os.cpu_count(),
-        "machine": about, "machine_after": about_after, "meshes": rows,
-        "spearman": float(spearmanr(*([row[key] for row in rows] for key in ("simulated_s", "measured_s"))).statistic),
-        "simulated_over_measured": {"least": min(ratios), "median": scale, "most": max(ratios)},
-        "largest_error_after_scaling": max(abs(ratio / scale - 1) for ratio in ratios),
+        "load": os.getloadavg(), "machine": about, "machine_after": measure_machines()[1],
     }  # fmt: skip
+    for clock, machine in machines.items():
+        rows = []
+        for step, measured in zip(steps, seconds, strict=True):
+            simulated, times = simulate(step.steps, machine), [taken[clock] for taken in measured]
+            rows.append(
+                step.sizes
+                | {"measured_s": statistics.median(times), "least_s": min(times), "most_s": max(times)}
+                | {"simulated_s": simulated.step_s, "busy_s": simulated.busy_s}
+                | {"collectives_s": simulated.collectives_s}
+            )
+        ratios = [row["simulated_s"] / row["measured_s"] for row in rows]
+        scale = statistics.median(ratios)
+        both = ([row[key] for row in rows] for key in ("simulated_s", "measured_s"))
+        result[clock] = {
+            "meshes": rows,
+            "spearman": float(spearmanr(*both).statistic),
+            "simulated_over_measured": {"least": min(ratios), "median": scale, "most": max(ratios)},
+            "largest_error_after_scaling": max(abs(ratio / scale - 1) for ratio in ratios),
+        }
+    return result
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -181,17 +196,20 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     result = measure(replace(load(args.config, {}), train__batch_size=args.rows), args.rounds)
-    for row in sorted(result["meshes"], key=lambda row: row["measured_s"]):
+    for clock in CLOCKS:
+        print(f"{clock} seconds; the machine: {result['machine'][clock]}")
+        for row in sorted(result[clock]["meshes"], key=lambda row: row["measured_s"]):
+            print(
+                f"  data {row['data']} x fsdp {row['fsdp']} x tensor {row['tensor']}: measured "
+                f"{row['measured_s'] * 1e3:7.1f} ms ({row['least_s'] * 1e3:.1f} to {row['most_s'] * 1e3:.1f}), simulated "
+                f"{row['simulated_s'] * 1e3:7.1f} (computations {row['busy_s'] * 1e3:.1f}, collectives "
+                f"{row['collectives_s'] * 1e3:.1f})"
+            )
+        ratio = result[clock]["simulated_over_measured"]
         print(
-            f"data {row['data']} x fsdp {row['fsdp']} x tensor {row['tensor']}: measured {row['measured_s'] * 1e3:7.1f} ms "
-            f"({row['least_s'] * 1e3:.1f} to {row['most_s'] * 1e3:.1f}), simulated {row['simulated_s'] * 1e3:7.1f} "
-            f"(computations {row['busy_s'] * 1e3:.1f}, collectives {row['collectives_s'] * 1e3:.1f})"
+            f"  rank correlation {result[clock]['spearman']:.3f}; simulated over measured {ratio['median']:.2f} "
+            f"({ratio['least']:.2f} to {ratio['most']:.2f})"
         )
-    ratio = result["simulated_over_measured"]
-    print(
-        f"rank correlation {result['spearman']:.3f}; simulated over measured {ratio['median']:.2f} "
-        f"({ratio['least']:.2f} to {ratio['most']:.2f})"
-    )
     write_record(args.json, result)
     return 0
 

@@ -88,12 +88,20 @@ def read(text: str, *, open_trips: int | None = None) -> tuple[Step, ...]:
     program = Program(text)
     if "is_scheduled=true" not in program.header:
         raise ValueError("the program's text has no schedule (is_scheduled=true)")
-    return tuple(_Reader(program, open_trips).steps(program.entry))
+    reader = _Reader(program, open_trips)
+    steps = tuple(reader.steps(program.entry))
+    for name, ops in program.computations.items():
+        if name not in reader.reached and any(kind_of(op) for op in ops):
+            raise ValueError(f"the computation {name} has collectives, and no known instruction calls it")
+    return steps
 
 
 class _Reader:
+    """reached: the computations whose collectives are among the steps."""
+
     def __init__(self, program: Program, open_trips: int | None):
         self.program, self.open_trips = program, open_trips
+        self.reached: set[str] = set()
         self.num_devices = program.num_devices
         self.traffic = Traffic(program)
         self.shapes = {name: {op.name: op.shape for op in ops} for name, ops in program.computations.items()}
@@ -107,6 +115,7 @@ class _Reader:
           ValueError: as `read`.
         """
         pending = _Pending(carried)
+        self.reached.add(computation)
         for op in self.program.computations[computation]:
             if op.opcode == "while":
                 trips = self.program.loop_trips(op, self.open_trips)
@@ -128,7 +137,7 @@ class _Reader:
             elif op.opcode.endswith("-done"):
                 yield pending.done(op)
             elif op.opcode == "async-update":
-                pending.updated(op)
+                yield from pending.updated(op)
             elif kind_of(op) is not None:
                 yield from self._collective(op, pending)
             else:
@@ -162,20 +171,31 @@ class _Reader:
             yield Done(op.name)
 
     def _async_start(self, op: Instruction, pending: "_Pending") -> Iterator[Step]:
-        """An operation in a computation of its own: a collective, or a copy of slices."""
-        inside = [inner for name in op.called() for inner in self.program.computations[name] if kind_of(inner)]
-        if not inside:
-            if any(self._flops(inner, name) for name in op.called() for inner in self.program.computations[name]):
-                raise ValueError(f"{op.name}: a matrix product beside the others is not known here")
-            pending.copies.add(op.name)
-            pending.starts[op.name] = op.name
-            yield CopyStart(op.name, self.traffic.copied(op))
-        elif len(inside) > 1:
+        """An operation in a computation of its own: a collective, or a copy of slices.
+
+        A collective of a TPU's sparse cores is launched without operands, and begins with the update that brings them.
+        """
+        inside = [
+            (inner, name)
+            for called in op.called()
+            for inner, name in self._inside(called)
+            if kind_of(inner) is not None
+        ]
+        if len(inside) > 1:
             raise ValueError(f"{op.name}: {len(inside)} collectives in one asynchronous operation are not known here")
-        else:
-            collective = collective_of(inside[0], self.num_devices, fusion=op.called()[0])
-            pending.starts[op.name] = op.name
-            yield Start(op.name, collective, inside[0].operation)
+        pending.starts[op.name] = op.name
+        if inside:
+            [(inner, name)] = inside
+            begins = Start(op.name, collective_of(inner, self.num_devices, fusion=name), inner.operation)
+            if operands(op):
+                yield begins
+            else:
+                pending.launched[op.name] = begins
+            return
+        if any(self._flops(inner, name) for called in op.called() for inner, name in self._inside(called)):
+            raise ValueError(f"{op.name}: a matrix product beside the others is not known here")
+        pending.copies.add(op.name)
+        yield CopyStart(op.name, self.traffic.copied(op))
 
     def _fusion(self, op: Instruction, computation: str, pending: "_Pending") -> Iterator[Step]:
         """A fusion's own work; it may start a collective, carry one beside its work, or end one."""
@@ -203,10 +223,12 @@ class _Reader:
                     del pending.fused[identity(inner)]
 
     def _inside(self, computation: str) -> Iterator[tuple[Instruction, str]]:
-        """(instruction, computation) of a fusion, nested fusions included; not what a reduction does with two numbers."""
+        """(instruction, computation) of a fusion, and of fusions and custom calls in it; not what a reduction does with
+        two numbers."""
+        self.reached.add(computation)
         for op in self.program.computations[computation]:
             yield op, computation
-            for called in op.called() if op.opcode == "fusion" else ():
+            for called in op.called() if op.opcode in ("fusion", "custom-call") else ():
                 yield from self._inside(called)
 
     def _between_slices(self, op: Instruction, pending: "_Pending") -> Iterator[Step]:
@@ -224,13 +246,14 @@ class _Pending:
     """What has started in a computation and is not done.
 
     starts: a name that a done may give -> the start. fused: key of a collective in fusions -> starts, oldest first.
-    carried: as in `_Reader.steps`.
+    carried: as in `_Reader.steps`. launched: what begins with an update.
     """
 
     def __init__(self, carried: frozenset[tuple[str, ...]]):
         self.carried = carried
         self.starts: dict[str, str] = {}
         self.copies: set[str] = set()
+        self.launched: dict[str, Start] = {}
         self.fused: dict[tuple[str, ...], list[str]] = {}
         self.sends: list[str] = []
 
@@ -238,11 +261,15 @@ class _Pending:
         """Keys of the collectives in fusions that have started, here or around this computation."""
         return self.carried | self.fused.keys()
 
-    def updated(self, op: Instruction) -> None:
-        self.starts[op.name] = self._of(op)
+    def updated(self, op: Instruction) -> Iterator[Start]:
+        start = self.starts[op.name] = self._of(op)
+        if start in self.launched:
+            yield self.launched.pop(start)
 
     def done(self, op: Instruction) -> Done | CopyDone:
         start = operands(op)[0] if operands(op)[0] in self.copies else self._of(op)
+        if start in self.launched:
+            raise ValueError(f"{op.name} ends {start}, which nothing gave its operands")
         self.starts = {name: begun for name, begun in self.starts.items() if begun != start}
         if start in self.copies:
             self.copies.remove(start)
