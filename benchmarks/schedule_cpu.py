@@ -1,6 +1,6 @@
 """Simulated against measured step times: one training step on all ten meshes of eight simulated CPU devices.
 
-    python -m benchmarks.schedule_cpu [--config=configs/bench_tiny.py] [--rows=16] [--json=FILE]
+    python -m benchmarks.schedule_cpu [--config=configs/bench_tiny.py] [--rows=8] [--json=FILE]
 
 The machine is measured in the same run, on the same eight devices, which share this host's cores: the rate of matrix
 products and of the memory when all devices work at once, and what a collective costs, fixed and for each byte. On a CPU
@@ -29,7 +29,7 @@ from medcg_jax.config import MeshConfig, RunConfig, replace
 from medcg_jax.config_file import load
 from medcg_jax.mesh import make_mesh, put_batch
 from medcg_jax.plan import schedule
-from medcg_jax.plan.programs import compile_training, plan_run, train_rows
+from medcg_jax.plan.programs import architecture_of, compile_training, plan_run, train_rows
 from medcg_jax.plan.roofline import RING
 from medcg_jax.plan.simulate import Machine, simulate
 from medcg_jax.platform import keep_freed_memory
@@ -43,7 +43,7 @@ MESHES = tuple(
     if data * fsdp * tensor == NUM_DEVICES
 )
 # Of the machine's measurements: side of the matrices, bytes of an array, payloads and groups of a sum, repetitions.
-SIDE, ARRAY_BYTES, PAYLOADS, GROUP_SIZES, REPEATS = 512, 1 << 20, (1 << 10, 1 << 21), (2, 4, 8), 20
+SIDE, ARRAY_BYTES, PAYLOADS, GROUP_SIZES, REPEATS = 512, 1 << 23, (1 << 10, 1 << 21), (2, 4, 8), 20
 
 
 WALL, CPU = "wall", "cpu"
@@ -116,7 +116,10 @@ class Step:
 
     def __init__(self, run: RunConfig, mesh: MeshConfig):
         run = replace(run, mesh=mesh)
-        planned = plan_run(run, make_mesh(mesh), alone=True)
+        # Heads that every mesh divides: the tower of this size has four.
+        model = architecture_of(run.model)
+        model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, num_heads=NUM_DEVICES))
+        planned = plan_run(run, make_mesh(mesh), alone=True, model=model)
         compiled = compile_training(planned, run.train.batch_size)
         self.sizes = {axis: getattr(mesh, axis) for axis in ("data", "fsdp", "tensor")}
         self.steps, self.program = schedule.read(compiled.text()), compiled.program
@@ -183,7 +186,7 @@ def measure(run: RunConfig, rounds: int) -> dict:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--config", default="configs/bench_tiny.py", metavar="FILE.py")
-    parser.add_argument("--rows", type=int, default=16, help="of a step, over all devices (default: 16)")
+    parser.add_argument("--rows", type=int, default=8, help="of a step, over all devices (default: 8)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", default="", metavar="FILE")
     args = parser.parse_args(argv)

@@ -6,6 +6,7 @@ from medcg_jax.plan.simulate import Exposure, Simulation
 # The longest exposures that are named.
 LONGEST = 5
 WINDOWED = "xla_jf_spmd_threshold_for_windowed_einsum_mib"
+SPARSE_CORES = "xla_tpu_enable_sparse_core_collective_offload_"
 PIPELINED = "xla_gpu_enable_pipelined_"
 
 
@@ -64,10 +65,10 @@ def remedy(exposure: Exposure, simulation: Simulation, layout: Layout, *, device
     if not exposure.loop:
         return "a smaller mesh.fsdp: it stands outside of the layers' loops, where little can run beside it"
     if is_tpu and not exposure.start.is_async:
-        return (
-            f"loops of permutes beside the product, libtpu's own choice for large ones, whose least size in MiB is "
-            f"{WINDOWED}; or a smaller mesh.fsdp"
-        )
+        # Tried on v5p: gathers stay, sums leave the computations; v5e has no such cores.
+        if collective.kind in ("reduce-scatter", "all-reduce") and not device.startswith("TPU v5 lite"):
+            return f"{SPARSE_CORES}{collective.kind.replace('-', '_')}: sparse cores sum it beside computations"
+        return f"a smaller mesh.fsdp, or permutes beside the product where {WINDOWED} (MiB) makes libtpu choose them"
     if not is_tpu:
         return (
             f"{PIPELINED}{collective.kind.replace('-', '_')} with xla_gpu_enable_while_loop_double_buffering, which a run "

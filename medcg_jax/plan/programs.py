@@ -86,15 +86,15 @@ def small_tokenizer(model: ModelConfig) -> Tokenizer:
     return load_tokenizer("", registry.of_model(model.name).tokenizer)
 
 
-def plan_run(run: RunConfig, mesh: Mesh, *, alone: bool = False) -> PlannedRun:
-    """The run's programs as `study` and `train` make them, without weights and data.
+def plan_run(run: RunConfig, mesh: Mesh, *, alone: bool = False, model: build.Config | None = None) -> PlannedRun:
+    """The run's programs as `study` and `train` make them, without weights and data; model: in place of the run's own.
 
     Raises:
       ConfigError: the mesh does not divide the batches, the model or the cells.
     """
     check_batch(mesh, run.train.batch_size // run.train.accumulation_steps, "train.batch_size per accumulation step")
     check_batch(mesh, run.eval.batch_size, "eval.batch_size")
-    model = architecture_of(run.model)
+    model = model or architecture_of(run.model)
     row_format = registry.of(model).row_format(model, with_masks=trains_masks(run.model))
     # The small tokenizer knows only the phantom's words.
     run = replace(run, data__system_prompt="")

@@ -33,6 +33,7 @@ def described(kind="all-gather", axis="fsdp", *, device=TPU, full=True, is_async
         (dict(kind="all-reduce", axis="tensor"), "smaller mesh.tensor"),
         (dict(loop=False), "outside of the layers' loops"),
         (dict(), "xla_jf_spmd_threshold_for_windowed_einsum_mib"),
+        (dict(kind="reduce-scatter", device="TPU v5"), "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter"),
         (dict(is_async=True), "a larger train.batch_size"),
         (dict(kind="reduce-scatter", device=GPU, is_async=True), "xla_gpu_enable_pipelined_reduce_scatter"),
     ],

@@ -155,6 +155,37 @@ def test_the_tpus_reduce_scatter_is_an_all_reduce_in_a_fusion():
     assert (start.collective.kind, start.collective.payload_bytes) == ("reduce-scatter", 256)
 
 
+SPARSE = """%kernel (a: f32[16,4]) -> f32[16,4] {
+  %a = f32[16,4]{1,0} parameter(0)
+  ROOT %r = f32[16,4]{1,0} all-reduce(%a), channel_id=3, replica_groups={{0,1,2,3}}, to_apply=%sum
+}, execution_thread="sparsecore"
+
+%launch (a: f32[16,4]) -> f32[16,4] {
+  %a = f32[16,4]{1,0} parameter(0)
+  ROOT %c = f32[16,4]{1,0} custom-call(%a), custom_call_target="TODO(b/1)", called_computations={%kernel}
+}, execution_thread="sparsecore"
+
+"""
+
+
+def test_a_sum_on_a_tpus_sparse_cores_begins_with_the_update_that_brings_its_operand():
+    launched = '%l = ((), (), (s32[8])) async-start(), async_execution_thread="sparsecore", calls=%launch'
+    text = entry(
+        launched,
+        "%n = f32[16,4]{1,0} negate(%w)",
+        "%u = ((f32[16,4]), f32[16,4], (s32[8])) async-update(%l, %n)",
+        "%m = f32[16,4]{1,0} negate(%w)",
+        "ROOT %d = f32[16,4]{1,0} async-done(%u)",
+        before=SPARSE,
+    )
+    assert names(schedule.read(text)) == [("Compute", "n"), ("Start", "l"), ("Compute", "m"), ("Done", "l")]
+    assert [(c.kind, c.payload_bytes) for c in hlo.collectives(text)] == [("all-reduce", 256)]
+    with pytest.raises(ValueError, match="d ends l, which nothing gave its operands"):
+        schedule.read(entry(launched, "ROOT %d = f32[16,4]{1,0} async-done(%l)", before=SPARSE))
+    with pytest.raises(ValueError, match="computation kernel has collectives, and no known instruction calls it"):
+        schedule.read(entry("ROOT %n = f32[16,4]{1,0} negate(%w)", before=SPARSE))
+
+
 def test_copies_to_the_chip_run_beside_and_arrays_on_it_cross_no_memory():
     before = """%slices (a: f32[8,16]) -> f32[2,16] {
   %a = f32[8,16]{1,0:T(8,128)} parameter(0)
