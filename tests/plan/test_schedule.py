@@ -94,7 +94,8 @@ def test_a_gather_inside_fusions_as_a_tpu_writes_it():
     with pytest.raises(ValueError, match="f1/g1 starts in main and is not done there"):
         schedule.read(entry(BEGIN, CARRY.replace("%f2", "ROOT %f2"), before=FUSED))
     # Without a start, a fusion that holds a collective waits for it.
-    carries = schedule.read(entry(CARRY.replace("%f2", "ROOT %f2"), before=FUSED))
+    carry = "%carry" + FUSED.partition("%carry")[2].partition("%end")[0]
+    carries = schedule.read(entry(CARRY.replace("%f2", "ROOT %f2"), before=carry))
     assert names(carries) == [("Start", "f2/g2"), ("Done", "f2/g2"), ("Compute", "f2")] and not carries[0].is_async
 
 
