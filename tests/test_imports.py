@@ -50,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": MODELS | {"cluster", "config_file", "platform"},
     "eval": MODELS | {"train"},
     "study": MODELS | {"agreement", "config_file", "platform", "train", "eval"},
-    "plan": MODELS | {"train", "eval"},
+    "plan": MODELS | {"platform", "train", "eval"},
     "parity": MODELS | {"train", "eval"},
     "bench": MODELS | {"platform", "train", "eval", "plan", "parity"},
 }

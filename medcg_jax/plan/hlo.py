@@ -7,11 +7,12 @@ module cannot read is an error, never a guess: a collective that is skipped woul
     assert not crossing(ran, num_devices=8, num_groups=2)
 """
 
+import itertools
 import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -143,19 +144,29 @@ class Program:
                     fusion = name if op.opcode == "fusion" else scope.fusion
                     yield from self.executed(visit, scope._replace(computation=name, fusion=fusion))
 
+    @property
+    def num_devices(self) -> int:
+        """Raises ValueError for a program of several replicas."""
+        if "replica_count=" in self.header:
+            raise ValueError("a program of several replicas; expected one with partitions alone")
+        partitions = re.search(r"\bnum_partitions=(\d+)", self.header)
+        return int(partitions[1]) if partitions else 1
+
     def trips(self, scope: Scope, open_trips: int | None) -> int:
         """Executions of an instruction in this scope in one call of the program; open_trips: as in `collectives`.
 
         Raises:
           ValueError: the trip count of a loop cannot be read.
         """
-        return math.prod(self._trips(loop, open_trips) for loop in scope.loops)
+        return math.prod(self.loop_trips(loop, open_trips) for loop in scope.loops)
 
-    def _trips(self, loop: Instruction, open_trips: int | None) -> int:
+    def loop_trips(self, loop: Instruction, open_trips: int | None) -> int:
+        """Iterations of one loop; otherwise as `trips`."""
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text)
         if known:
             return int(known[1])
-        # TPU programs state no trip count: the condition compares a counter from 0 with its only constant.
+        # TPU programs state no trip count: the condition compares a counter from 0 with its only constant. A loop over the
+        # parts of a product takes two at a time.
         constants, compared = set(), set()
         for op in self._below(loop.attribute("condition")):
             if op.opcode == "constant" and re.match(r"[su]\d+\[\]", op.shape):
@@ -166,7 +177,23 @@ class Program:
             return open_trips
         if len(constants) != 1 or compared != {"LT"}:
             raise ValueError(f"unknown trips of the loop {loop.name}: constants {constants}, compared {compared}")
-        return int(constants.pop())
+        return -(-int(constants.pop()) // self._counted_by(loop))
+
+    def _counted_by(self, loop: Instruction) -> int:
+        """By how much a loop's counter grows in an iteration; 1 where that is not written as a sum with a constant."""
+        condition, body = (
+            {op.name: op for op in self.computations[loop.attribute(role)]} for role in ("condition", "body")
+        )
+        compared = [op for op in condition.values() if op.opcode == "compare"]
+        counters = [operands(op)[0] for op in compared]
+        places = [re.search(r"\bindex=(\d+)", condition[name].text) for name in counters if name in condition]
+        results = operands(list(body.values())[-1])
+        if len(places) != 1 or places[0] is None or int(places[0][1]) >= len(results):
+            return 1
+        grown = body.get(results[int(places[0][1])])
+        added = [body.get(name) for name in operands(grown)] if grown and grown.opcode == "add" else []
+        constants = [op.text.partition(")")[0] for op in added if op and op.opcode == "constant"]
+        return int(constants[0]) if len(constants) == 1 and constants[0].isdecimal() else 1
 
     def _below(self, name: str) -> Iterator[Instruction]:
         for op in self.computations[name]:
@@ -186,45 +213,59 @@ def collectives(text: str, *, open_trips: int | None = None) -> list[Collective]
         read.
     """
     program = Program(text)
-    if "replica_count=" in program.header:
-        raise ValueError("a program of several replicas; expected one with partitions alone")
-    partitions = re.search(r"\bnum_partitions=(\d+)", program.header)
-    num_devices = int(partitions[1]) if partitions else 1
+    num_devices = program.num_devices
     reached: set[str] = set()
-    copies: set[tuple[str, str, str]] = set()
+    copies: set[tuple[str, ...]] = set()
 
     def visit(op: Instruction, scope: Scope) -> list[Collective] | None:
         reached.add(scope.computation)
-        kind = _kind(op)
-        if kind is None:
+        if kind_of(op) is None:
             return None
-        channel = re.search(r"\bchannel_id=(\d+)", op.text)
-        if channel is None:
-            raise ValueError(f"{op.name} has no channel: its groups are not of partitions")
+        collective = collective_of(op, num_devices, fusion=scope.fusion)
         if scope.fusion:
-            # TPU splits an asynchronous collective into several fusions, each with a copy of it. Copies share the channel
-            # and the shape (libtpu's combiner gives every collective channel 1), but not the layout: a copy may lie in
-            # another memory ("S(1)").
-            copy = scope.body, channel[1], re.sub(r"\{[^}]*\}", "", op.shape)
-            if copy in copies:
+            # TPU splits an asynchronous collective into several fusions, each with a copy of it; some may stand in loops
+            # beside which it runs.
+            around = itertools.accumulate(scope.body.split("/"), lambda outer, inner: f"{outer}/{inner}")
+            if any((body, *identity(op)) in copies for body in around):
                 return []
-            copies.add(copy)
-        trips = program.trips(scope, open_trips)
-        if op.opcode == "send":
-            # Partners are named by slice, not by device: all devices are taken, so that `crossing` never misses it.
-            everyone = (tuple(range(num_devices)),)
-            return [Collective(op.name, kind, everyone, num_bytes(elements_of(op.shape)[0]), trips)]
-        groups = groups_of(op.text, num_devices)
-        payload = _payload(op, kind, len(groups[0]) if groups else 1)
-        if kind == "all-reduce" and scope.fusion.startswith(FUSED_REDUCE_SCATTER):
-            kind = "reduce-scatter"
-        return [Collective(op.name, kind, tuple(map(tuple, groups)), payload, trips)]
+            copies.add((scope.body, *identity(op)))
+        return [replace(collective, trips=program.trips(scope, open_trips))]
 
     executed = list(program.executed(visit))
     for name, instructions in program.computations.items():
-        if name not in reached and any(map(_kind, instructions)):
+        if name not in reached and any(map(kind_of, instructions)):
             raise ValueError(f"the computation {name} has collectives, and no known instruction calls it")
     return executed
+
+
+def collective_of(op: Instruction, num_devices: int, fusion: str = "") -> Collective:
+    """The collective that an instruction is or starts, executed once; fusion: the computation of the fusion around it.
+
+    Raises:
+      ValueError: it has no channel, or its groups or shapes cannot be read.
+    """
+    kind = kind_of(op)
+    if kind is None or not re.search(r"\bchannel_id=\d+", op.text):
+        raise ValueError(f"{op.name} has no channel: its groups are not of partitions")
+    if op.opcode == "send":
+        # Partners are named by slice, not by device: all devices are taken, so that `crossing` never misses it.
+        everyone = (tuple(range(num_devices)),)
+        return Collective(op.name, kind, everyone, num_bytes(elements_of(op.shape)[0]), 1)
+    groups = groups_of(op.text, num_devices)
+    payload = _payload(op, kind, len(groups[0]) if groups else 1)
+    if kind == "all-reduce" and fusion.startswith(FUSED_REDUCE_SCATTER):
+        kind = "reduce-scatter"
+    return Collective(op.name, kind, tuple(map(tuple, groups)), payload, 1)
+
+
+def identity(op: Instruction) -> tuple[str, ...]:
+    """What the copies of one collective in several fusions share: channel, shape, and number of its chain of fusions.
+
+    libtpu's combiner gives every collective channel 1. The layout is not shared: a copy may lie in another memory
+    ("S(1)").
+    """
+    found = (re.search(pattern, op.text) for pattern in (r"\bchannel_id=(\d+)", r'chain_id="(\d+)"'))
+    return re.sub(r"\{[^}]*\}", "", op.shape), *(number[1] if number else "" for number in found)
 
 
 def attention_in(text: str) -> str:
@@ -274,7 +315,7 @@ def _instruction(name: str, text: str) -> Instruction | None:
     return Instruction(name, text[:end], called[1], called[2]) if called else None
 
 
-def _kind(op: Instruction) -> str | None:
+def kind_of(op: Instruction) -> str | None:
     """The kind of collective that an instruction is or starts; None: no collective."""
     # Between TPU slices the hosts form a sum: `send` takes one device's summand, `recv` gives the sum.
     if transfer := op.opcode == "send" and SLICES.search(op.text):
@@ -284,6 +325,13 @@ def _kind(op: Instruction) -> str | None:
     if op.opcode in ("send", "recv") and "is_host_transfer=true" not in op.text:
         raise ValueError(f"{op.name}: {op.opcode} between devices is not known here")
     return next((kind for kind in KINDS if op.opcode in (kind, f"{kind}-start")), None)
+
+
+def operands(op: Instruction) -> list[str]:
+    """Names of an instruction's operands."""
+    inner = op.text[: closing("(" + op.text, 0) - 1]
+    inner = re.sub(r"/\*.*?\*/", "", inner)
+    return [operand.split()[-1].lstrip("%") for operand in elements_of(f"({inner})") if operand.strip()]
 
 
 def closing(text: str, start: int) -> int:

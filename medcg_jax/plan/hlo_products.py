@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-from medcg_jax.plan.hlo import Instruction, Program, Scope, closing, elements_of, num_bytes
+from medcg_jax.plan.hlo import Instruction, Program, Scope, elements_of, num_bytes, operands
 
 GEMMS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8", "__onednn$matmul")
 FMHA = "__cudnn$fmhaSoftmax"
@@ -24,7 +24,7 @@ LANES, SUBLANES = 128, 8
 # Custom calls without a matrix product.
 OTHERS = re.compile(
     r"AllocateBuffer|AssumeGatherIndicesInBound|GatherScatterIndicesBitpacked|TopK|PartialReduce|Sharding|ResizeMaster|"
-    r"ResizeVirtual|AsyncCollective\w+|ConsumeFakeFusionParam|\w*MoveTo\w+|annotate_device_placement|__cub\$\w+|"
+    r"ResizeVirtual|AsyncCollective\w+|ConcatBitcast|ConsumeFakeFusionParam|\w*MoveTo\w+|annotate_device_placement|__cub\$\w+|"
     r"xla\.gpu\.\w+|BarrierStart|BarrierDone|AllReduce\w*|SliceId|PadToStatic|SliceToDynamic|LayoutConstraint"
 )
 # Opcodes that write no array: they name other arrays, or arguments.
@@ -86,7 +86,7 @@ def products(text: str, *, open_trips: int | None = None) -> Products:
     def visit(op: Instruction, scope: Scope) -> list[Product] | None:
         if op.opcode not in ("dot", "convolution", "custom-call"):
             return None
-        product = _product(op, shapes[scope.computation], unread)
+        product = product_of(op, shapes[scope.computation], unread)
         return product and [Product(op.name, *product, program.trips(scope, open_trips), op.operation)]
 
     return Products(tuple(program.executed(visit)), tuple(unread))
@@ -95,8 +95,11 @@ def products(text: str, *, open_trips: int | None = None) -> Products:
 # ------------------------------------------------------------------ one product
 
 
-def _product(op: Instruction, shapes: dict[str, str], unread: dict) -> tuple[str, int] | None:
-    """(kind, FLOPs) of an instruction; None: no product. unread: gets the target of an unknown custom call."""
+def product_of(op: Instruction, shapes: dict[str, str], unread: dict) -> tuple[str, int] | None:
+    """(kind, FLOPs) of one execution of an instruction; None: no product.
+
+    shapes: of the instructions of its computation, by name. unread: gets the target of an unknown custom call.
+    """
     given = [dims(shapes[name]) for name in operands(op) if name in shapes and not shapes[name].startswith("(")]
     out = dims(elements_of(op.shape)[0])
     if op.opcode == "dot":
@@ -115,13 +118,6 @@ def _product(op: Instruction, shapes: dict[str, str], unread: dict) -> tuple[str
     if not OTHERS.fullmatch(target) and not op.called():
         unread.setdefault(f"{target} ({op.name.partition('.')[0]})" if target == MOSAIC else target or op.name)
     return None
-
-
-def operands(op: Instruction) -> list[str]:
-    """Names of an instruction's operands."""
-    inner = op.text[: closing("(" + op.text, 0) - 1]
-    inner = re.sub(r"/\*.*?\*/", "", inner)
-    return [operand.split()[-1].lstrip("%") for operand in elements_of(f"({inner})") if operand.strip()]
 
 
 def dims(shape: str) -> tuple[int, ...]:

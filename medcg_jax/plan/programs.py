@@ -86,15 +86,15 @@ def small_tokenizer(model: ModelConfig) -> Tokenizer:
     return load_tokenizer("", registry.of_model(model.name).tokenizer)
 
 
-def plan_run(run: RunConfig, mesh: Mesh, *, alone: bool = False) -> PlannedRun:
-    """The run's programs as `study` and `train` make them, without weights and data.
+def plan_run(run: RunConfig, mesh: Mesh, *, alone: bool = False, model: build.Config | None = None) -> PlannedRun:
+    """The run's programs as `study` and `train` make them, without weights and data; model: in place of the run's own.
 
     Raises:
       ConfigError: the mesh does not divide the batches, the model or the cells.
     """
     check_batch(mesh, run.train.batch_size // run.train.accumulation_steps, "train.batch_size per accumulation step")
     check_batch(mesh, run.eval.batch_size, "eval.batch_size")
-    model = architecture_of(run.model)
+    model = model or architecture_of(run.model)
     row_format = registry.of(model).row_format(model, with_masks=trains_masks(run.model))
     # The small tokenizer knows only the phantom's words.
     run = replace(run, data__system_prompt="")
@@ -185,22 +185,22 @@ class Compiled:
             return topology.text_of(self.program, self.options)
 
 
-def compile_training(planned: PlannedRun, batch_size: int) -> Compiled:
-    """The training step at this batch size.
+def compile_training(planned: PlannedRun, batch_size: int, countable: bool = True) -> Compiled:
+    """The training step at this batch size; countable: as in `topology.compiler_options`.
 
     Raises:
       RunError: it cannot be compiled for a reason other than memory.
     """
     batch = batch_of(train_rows(planned.setup), batch_size)
-    options = topology.compiler_options(planned.mesh.devices.flat[0])
+    options = topology.compiler_options(planned.mesh.devices.flat[0], countable)
     return compiled(
         "the training step", options,
         lambda: planned.program.compile(planned.trainable, planned.frozen, batch, options)[1],
     )  # fmt: skip
 
 
-def compile_tests(planned: PlannedRun) -> Compiled:
-    """The program that answers a batch of choice questions.
+def compile_tests(planned: PlannedRun, countable: bool = True) -> Compiled:
+    """The program that answers a batch of choice questions; countable: as in `topology.compiler_options`.
 
     Raises:
       RunError: as `compile_training`.
@@ -212,7 +212,7 @@ def compile_tests(planned: PlannedRun) -> Compiled:
     )  # fmt: skip
     shapes, sharding = batch_of(eval_rows(setup), config.batch_size), batch_sharding(mesh)
     batch = {key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for key, x in shapes.items()}
-    options = topology.compiler_options(mesh.devices.flat[0])
+    options = topology.compiler_options(mesh.devices.flat[0], countable)
 
     def build_program() -> jax.stages.Compiled:
         with jax.set_mesh(mesh):

@@ -2,11 +2,7 @@
 
 Three times, each for itself: compute (executed FLOPs at the peak), memory (bytes that must cross HBM) and network (bytes
 of collectives at the bandwidth between their devices). A step takes at least the longest of the three; their sum, if
-nothing overlaps.
-
-The bytes over HBM are a simple model: the state is read and written once; a float32 gradient is written and read;
-weights in the compute dtype are read in every pass (forward, backward, and a second forward with rematerialisation) of
-each microbatch, and written once more where they are gathered; temporary buffers are written and read once.
+nothing overlaps. Bytes over HBM are those that the scheduled program's instructions read and write (`hlo_traffic`).
 """
 
 from collections.abc import Iterable, Sequence
@@ -31,8 +27,9 @@ RING = {
 class Bound:
     """Least seconds of a program; None: not known.
 
-    overlapped_s: the longest of the three. in_turn_s: their sum. limit: the name of the longest.
-    unknown: why a time is None and counts as 0.
+    network_s: of the slower of links and network. overlapped_s: the longest of the three. in_turn_s: their sum, with
+    each collective as long as its slower way. limit: the name of the longest. simulated_s: between the two, by the
+    program's schedule (`simulate`); None: it could not be read. unknown: why a time is None and counts as 0.
     """
 
     compute_s: float
@@ -41,6 +38,7 @@ class Bound:
     overlapped_s: float
     in_turn_s: float
     limit: str
+    simulated_s: float | None = None
     unknown: tuple[str, ...] = ()
 
 
@@ -69,18 +67,16 @@ def network_bytes(collectives: Iterable[Collective], island_of: Sequence[int]) -
 
 
 def bound(
-    *, peak: Peak, num_devices: int, executed_flops: float, memory_bytes: float, sent_bytes: tuple[float, float] | None
+    *, peak: Peak, num_devices: int, executed_flops: float, sent_bytes: tuple[float, float] | None, why: str
 ) -> Bound:
-    """The bound of one program on so many devices.
+    """The bound of a program on so many devices whose schedule is not simulated; where it is, `Simulation.bound`.
 
-    executed_flops: of matrix products, on all devices. memory_bytes: over one device's HBM. sent_bytes:
-    `network_bytes`; None: the program's collectives could not be read.
+    executed_flops: of matrix products, on all devices. sent_bytes: `network_bytes`; None: the program's collectives
+    could not be read. why: there is no simulation, so that bytes over memory are not known.
     """
-    unknown = []
+    unknown = [why]
     times: dict[str, float | None] = {"compute": executed_flops / num_devices / peak.bf16_flops_per_s}
-    times["memory"] = memory_bytes / peak.memory_bytes_per_s if peak.memory_bytes_per_s else None
-    if times["memory"] is None:
-        unknown.append("the bandwidth of its memory is not in the table of peaks")
+    times["memory"] = None
     times["network"] = None
     if sent_bytes is None:
         unknown.append("collectives could not be read")
@@ -92,17 +88,6 @@ def bound(
     known = {name: seconds for name, seconds in times.items() if seconds is not None}
     limit = max(known, key=lambda name: known[name])
     return Bound(
-        known["compute"], times["memory"], times["network"], known[limit], sum(known.values()), limit, tuple(unknown)
-    )
-
-
-def step_memory_bytes(
-    *, state_bytes: float, grad_bytes: float, weight_bytes: float, temp_bytes: float, passes: int, gathered: bool
-) -> float:
-    """Bytes over a device's HBM in one training step, by this module's model; arguments are bytes on one device.
-
-    grad_bytes: float32 gradients. weight_bytes: weights that a pass reads, in the compute dtype, after gathering.
-    passes: over the weights, of all microbatches together. gathered: whether weights are gathered before a pass.
-    """
-    weights = weight_bytes * passes * (2 if gathered else 1)
-    return 2 * state_bytes + 2 * grad_bytes + weights + 2 * temp_bytes
+        known["compute"], times["memory"], times["network"], known[limit], sum(known.values()), limit,
+        unknown=tuple(unknown),
+    )  # fmt: skip

@@ -1,7 +1,7 @@
 """`medcg plan --search`: meshes, remat policies and batch sizes for a machine, the likeliest compiled, ranked by speed.
 
 Cheap estimates choose what to compile: the least memory of a step, and the time of its arithmetic and of the textbook's
-collectives. Results come from compiled programs alone.
+collectives. Results come from compiled programs alone, and are ranked by the simulated time of their schedules.
 """
 
 import math
@@ -45,7 +45,7 @@ def search(
     memory_bytes: float = 0.0,
     margin: float = MARGIN,
 ) -> dict:
-    """{"ranked": rows that fit, most samples/s a chip first, "refused": compiled rows that do not fit, ...}, with
+    """{"ranked": rows that fit, most simulated samples/s a chip first, "refused": compiled rows that do not fit, ...}, with
     {"exit_status": 3} where nothing fits.
 
     most_compiles: most programs to compile. Other arguments as in `plan.plan`.
@@ -79,9 +79,9 @@ def search(
             except ConfigError:  # the mesh does not divide a size of the model
                 num_undivided += 1
                 continue
-            rows.append(compiled(candidate, planned, usable, peak))
+            rows.append(compiled(candidate, planned, usable, peak, full_effort))
             print(f"  {len(rows)} of at most {most_compiles}: {_name(rows[-1])}", flush=True)
-    ranked = sorted((row for row in rows if row["fits"]), key=lambda row: -row["samples_per_s_per_chip_in_turn"])
+    ranked = sorted((row for row in rows if row["fits"]), key=lambda row: -simulated_rate(row))
     here = topology.about_here()
     result = {
         "date": here["date"],
@@ -163,7 +163,7 @@ def estimate(run: RunConfig, peak: Peak, trainable: int, frozen: int, frozen_byt
     return Candidate(run, (5 * 4 * trainable + frozen_bytes) / split + activations, seconds)
 
 
-def compiled(candidate: Candidate, planned: PlannedRun, usable: float, peak: Peak) -> dict:
+def compiled(candidate: Candidate, planned: PlannedRun, usable: float, peak: Peak, full_effort: bool) -> dict:
     """A candidate's row of the table, from its compiled step."""
     run = candidate.run
     row = {
@@ -174,8 +174,13 @@ def compiled(candidate: Candidate, planned: PlannedRun, usable: float, peak: Pea
         "estimated_bytes": candidate.least_bytes,
         "estimated_s": candidate.seconds,
     }
-    step = plan.training(planned, compile_training(planned, run.train.batch_size), usable, peak)
-    copied = ("fits", "refused", "peak_bytes", "held_bytes", "collectives", "findings", "bound", "mfu", "compile_cpu_s")
+    step = plan.training(
+        planned, compile_training(planned, run.train.batch_size, not full_effort), usable, peak, full_effort
+    )
+    copied = (
+        "fits", "refused", "peak_bytes", "held_bytes", "collectives", "findings", "bound", "schedule", "mfu",
+        "compile_cpu_s",
+    )  # fmt: skip
     row |= {key: step[key] for key in copied if key in step}
     if "samples_per_s" not in step:
         return row
@@ -183,7 +188,13 @@ def compiled(candidate: Candidate, planned: PlannedRun, usable: float, peak: Pea
     return row | {
         "samples_per_s_per_chip": step["samples_per_s"] / chips,
         "samples_per_s_per_chip_in_turn": step["samples_per_s_in_turn"] / chips,
+        "samples_per_s_per_chip_simulated": step["samples_per_s_simulated"] and step["samples_per_s_simulated"] / chips,
     }
+
+
+def simulated_rate(row: dict) -> float:
+    """Samples/s a chip, by which rows are ranked: simulated; where the schedule could not be read, one after another."""
+    return row["samples_per_s_per_chip_simulated"] or row["samples_per_s_per_chip_in_turn"]
 
 
 def _divisors(number: int) -> list[int]:
@@ -207,16 +218,19 @@ def table(result: dict) -> str:
         "",
         (
             f"{'data x fsdp x tensor':>21}{'remat':>7}{'batch':>7}{'GiB of':>9}{result['usable_bytes'] / topology.GIB:6.1f}"
-            f"{'samples/s a chip: at most':>27}{'in turn':>9}{'MFU':>7}{'traps':>7}"
+            f"{'samples/s a chip: simulated':>28}{'at most':>9}{'in turn':>9}{'MFU':>7}{'traps':>7}"
         ),
     ]
     for row in result["ranked"]:
         mesh = " x ".join(str(size) for size in row["mesh"].values())
         mfu = f"{row['mfu']:.1%}" if row["mfu"] is not None else ""
         needed = (row["peak_bytes"] + row["held_bytes"]) / topology.GIB
+        simulated = row["samples_per_s_per_chip_simulated"]
+        simulated = "not read" if simulated is None else f"{simulated:.2f}"
         lines.append(
-            f"{mesh:>21}{row['remat']:>7}{row['batch_size']:>7}{needed:>15.2f}{row['samples_per_s_per_chip']:>27.2f}"
-            f"{row['samples_per_s_per_chip_in_turn']:>9.2f}{mfu:>7}{len(row['findings']):>7}"
+            f"{mesh:>21}{row['remat']:>7}{row['batch_size']:>7}{needed:>15.2f}{simulated:>28}"
+            f"{row['samples_per_s_per_chip']:>9.2f}{row['samples_per_s_per_chip_in_turn']:>9.2f}{mfu:>7}"
+            f"{len(row['findings']):>7}"
         )
     if not result["ranked"]:
         lines.append("nothing that was compiled fits")

@@ -10,7 +10,7 @@ WIDTH = 110
 # Of instructions that could not be read: on a CPU every fused product is one.
 MOST_NAMES = 3
 GB = 1e9
-BOUND = "A bound by published peaks, no measurement: no program reaches them."
+BOUND = "Times are by published peaks, no measurement: no program reaches them."
 
 
 def text_of(result: dict) -> str:
@@ -69,6 +69,13 @@ def _rows():
 
         return value
 
+    def timed(key):
+        def value(program):
+            seconds = (program.get("schedule") or {}).get(key)
+            return f"{seconds * 1e3:,.1f}" if seconds is not None else ""
+
+        return value
+
     def moved(kind):
         def value(program):
             sums = (program.get("collectives") or {}).get(kind)
@@ -101,6 +108,11 @@ def _rows():
     yield "  network", bound("network_s")
     yield "  overlapped wholly", bound("overlapped_s")
     yield "  one after another", bound("in_turn_s")
+    yield "ms simulated, by the schedule", timed("step_s")
+    yield "  computations", timed("busy_s")
+    yield "  waits for collectives", timed("exposed_s")
+    yield "  waits for copies to the chip", timed("copies_s")
+    yield "samples/s simulated", rate("samples_per_s_simulated", "{:,.1f}")
     yield "samples/s at most", rate("samples_per_s", "{:,.1f}")
     yield "  one after another", rate("samples_per_s_in_turn", "{:,.1f}")
     yield "tokens/s at most", rate("tokens_per_s", "{:,.0f}")
@@ -128,6 +140,7 @@ def _after(result: dict) -> Iterator[str]:
         for finding in program["findings"]:
             yield f"{name}: {finding['rule']}: {finding['text']}"
             yield from (f"    {line}" for line in finding["names"])
+        yield from _waits(name, program.get("schedule") or {})
         missed = program.get("not_looked_for")
         if not program["findings"] and missed is not None:
             yield f"{name}: no known trap found" + (f"; not looked for: {', '.join(missed)}" if missed else "")
@@ -148,6 +161,24 @@ def _after(result: dict) -> Iterator[str]:
     if result["compute_dtype"] != "bfloat16":
         yield f"compute_dtype {result['compute_dtype']}: the peak is that of bfloat16, so the bound is far off"
     yield from _grid(result)
+
+
+def _waits(name: str, schedule: dict) -> Iterator[str]:
+    """What a simulated program waits for: by kind, by loop, and its longest waits with what would hide them."""
+    if not schedule.get("exposed_s"):
+        return
+    exposed, total = (f"{schedule[key] * 1e3:,.1f}" for key in ("exposed_s", "collectives_s"))
+    kinds = ", ".join(f"{kind} {s * 1e3:,.1f}" for kind, s in schedule["exposed_by_kind"].items() if s)
+    yield f"{name}: waits for collectives {exposed} ms of their {total}: {kinds}"
+    places = (f"{loop or 'outside of loops'} {s * 1e3:,.1f}" for loop, s in schedule["exposed_by_loop"].items() if s)
+    yield f"    by loop, all iterations: {', '.join(places)}"
+    for wait in schedule["longest"]:
+        beside = f"beside {wait['beside_s'] * 1e3:,.1f} ms of work" if wait["is_async"] else "beside nothing"
+        times = f", {wait['trips']} times" if wait["trips"] > 1 else ""
+        yield (
+            f"    {wait['exposed_s'] * 1e3:,.1f} ms: {wait['kind']} {wait['name']} over {' x '.join(wait['axes'])}, "
+            f"{wait['payload_bytes'] / 1e6:,.1f} MB{times}, {beside}: {wait['remedy']}"
+        )
 
 
 def _grid(result: dict) -> Iterator[str]:

@@ -20,6 +20,7 @@ import jax
 from jax.experimental import topologies
 
 from medcg_jax.config import ConfigError
+from medcg_jax.platform import FLAGS
 from medcg_jax.terminal import install
 
 GIB = 1 << 30
@@ -29,10 +30,12 @@ PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "transformers", "grain", "array_record",
     "pillow",
 )  # fmt: skip
-# Switches off windowed einsum, which writes a gather as a loop of permutes whose bytes cannot be told apart.
+# Switches off windowed einsum, which writes a gather as a loop of permutes.
 TPU_COUNTABLE = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 100_000_000}
-# Triton's tiles are chosen by timing them on a device, so Triton and autotuning are off.
-GPU_WITHOUT_DEVICE = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
+# A run's own flags; and Triton's tiles are chosen by timing them on a device, so Triton and autotuning are off.
+GPU_WITHOUT_DEVICE = {
+    flag.name: flag.value == "true" for flag in FLAGS if flag.platform == "cuda" and not flag.deterministic
+} | {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 
 
 @dataclass(frozen=True)
@@ -176,9 +179,10 @@ def parse(topology: str) -> Topology:
     return Topology(kind, tuple(map(int, shape.split("x"))), int(slices) if star else 1)
 
 
-def compiler_options(device: jax.Device) -> dict:
-    """Compiler options with which a program compiles without the device, and its collectives can be counted.
+def compiler_options(device: jax.Device, countable: bool = True) -> dict:
+    """Compiler options with which a program compiles without the device.
 
+    countable: a TPU's gathers stay what they are; else they may become loops of permutes beside products, as in a run.
     Call it for each program: a TPU's compiler writes the program's text into the new folder named here (`text_of`).
     """
     if device in jax.local_devices():
@@ -186,7 +190,7 @@ def compiler_options(device: jax.Device) -> dict:
     kind = device.device_kind
     if kind.startswith("TPU"):
         folder = tempfile.mkdtemp(dir=_dumps().name)
-        return TPU_COUNTABLE | {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        return (TPU_COUNTABLE if countable else {}) | {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
     return GPU_WITHOUT_DEVICE if kind.startswith("NVIDIA") else {}
 
 

@@ -17,7 +17,7 @@ from medcg_jax.chips import Peak, peak_of, utilisation
 from medcg_jax.config import RunConfig, model_title, replace
 from medcg_jax.families import build, flops
 from medcg_jax.mesh import islands, make_mesh
-from medcg_jax.plan import hlo, roofline, rules, topology
+from medcg_jax.plan import exposures, hlo, roofline, rules, schedule, simulate, topology
 from medcg_jax.plan.programs import (
     MARGIN,
     Compiled,
@@ -91,8 +91,10 @@ def plan(
         "whole_on_every_device": build.replicated(planned.setup.model, mesh),
     }
     with effort(full_effort):
-        train = training(planned, compile_training(planned, run.train.batch_size), usable, peak)
-        tests = testing(planned, compile_tests(planned), usable, peak)
+        train = training(
+            planned, compile_training(planned, run.train.batch_size, not full_effort), usable, peak, full_effort
+        )
+        tests = testing(planned, compile_tests(planned, not full_effort), usable, peak, full_effort)
         result |= {"train": train, "eval": tests, "fits": train["fits"] and tests["fits"]}
         if not train["fits"]:
             result["largest_batch"] = largest_batch(planned, usable)
@@ -112,8 +114,10 @@ def get_devices(where: str) -> list[jax.Device]:
 # ------------------------------------------------------------------ one program
 
 
-def training(planned: PlannedRun, compiled: Compiled, usable: float, peak: Peak | None) -> dict:
-    """What a training step needs, its FLOPs, its bound, and findings of the rules."""
+def training(
+    planned: PlannedRun, compiled: Compiled, usable: float, peak: Peak | None, full_effort: bool = False
+) -> dict:
+    """What a training step needs, its FLOPs, its bound and simulated time, and findings of the rules."""
     run, mesh, setup = planned.run, planned.mesh, planned.setup
     state = device_bytes(planned.state())
     arrays = train_rows(setup).arrays
@@ -146,19 +150,15 @@ def training(planned: PlannedRun, compiled: Compiled, usable: float, peak: Peak 
     }
     if peak is None:
         return result | {"bound": None}
-    crossing_hbm = roofline.step_memory_bytes(
-        state_bytes=state, grad_bytes=start_bytes(planned) * planned.cells_each,
-        weight_bytes=gathered_bytes(planned) * planned.cells_each, temp_bytes=result["temp_bytes"],
-        passes=(3 if run.model.remat == "full" else 2) * run.train.accumulation_steps,
-        gathered=mesh.shape["fsdp"] > 1,
-    )  # fmt: skip
-    bound = bound_of(peak, mesh, text, needed["executed"], crossing_hbm)
-    used = utilisation(needed, bound.overlapped_s, mesh.devices.flat[0].device_kind, mesh.size)
-    return result | {"bound": dataclasses.asdict(bound), **rates(bound, rows, length), **used}
+    times = timed(planned, text, peak, needed["executed"], full_effort)
+    used = utilisation(needed, times["bound"]["overlapped_s"], mesh.devices.flat[0].device_kind, mesh.size)
+    return result | times | rates(times["bound"], rows, length) | used
 
 
-def testing(planned: PlannedRun, compiled: Compiled, usable: float, peak: Peak | None) -> dict:
-    """What a batch of tests needs, its FLOPs and its bound."""
+def testing(
+    planned: PlannedRun, compiled: Compiled, usable: float, peak: Peak | None, full_effort: bool = False
+) -> dict:
+    """What a batch of tests needs, its FLOPs, its bound and simulated time."""
     run, mesh, setup = planned.run, planned.mesh, planned.setup
     length, rows = eval_rows(setup).arrays["tokens"].shape[1], run.eval.batch_size
     num_new = run.eval.max_new_tokens if run.eval.generate else 1
@@ -177,10 +177,8 @@ def testing(planned: PlannedRun, compiled: Compiled, usable: float, peak: Peak |
     }
     if peak is None:
         return result | {"bound": None}
-    weights = gathered_bytes(planned) * num_new * (2 if mesh.shape["fsdp"] > 1 else 1)
-    crossing_hbm = result["argument_bytes"] + weights + 2 * result["temp_bytes"]
-    bound = bound_of(peak, mesh, text, executed, crossing_hbm)
-    return result | {"bound": dataclasses.asdict(bound), **rates(bound, rows, length)}
+    times = timed(planned, text, peak, executed, full_effort)
+    return result | times | rates(times["bound"], rows, length)
 
 
 def needs(compiled: Compiled, held: float, usable: float) -> dict:
@@ -210,11 +208,13 @@ def needs(compiled: Compiled, held: float, usable: float) -> dict:
 class TextFacts:
     """What a program's text shows. collectives: None where they cannot be read; the reason is in `result`.
 
+    steps: its schedule, or why that cannot be read.
     result: {"collectives": number and bytes by kind, "not_counted", "attention", "products"}.
     """
 
     collectives: list[hlo.Collective] | None
     products: rules.ProductCheck
+    steps: tuple[schedule.Step, ...] | str
     result: dict
 
 
@@ -235,6 +235,10 @@ def read_text(
             kind = by_kind.setdefault(collective.kind, {"count": 0, "bytes": 0})
             kind["count"] += collective.trips
             kind["bytes"] += collective.total_bytes
+    try:
+        steps: tuple[schedule.Step, ...] | str = schedule.read(text, open_trips=open_trips)
+    except ValueError as error:
+        steps = " ".join(str(error).split())[:300]
     products = rules.check_products(text, needed, lengths, num_devices=num_devices, remat=remat, open_trips=open_trips)
     result = {
         "collectives": None if executed is None else dict(sorted(by_kind.items(), key=lambda item: -item[1]["bytes"])),
@@ -242,24 +246,42 @@ def read_text(
         "attention": attention,
         "products": products.about,
     }
-    return TextFacts(executed, products, result)
+    return TextFacts(executed, products, steps, result)
 
 
-def bound_of(peak: Peak, mesh: Mesh, text: TextFacts, executed_flops: float, memory_bytes: float) -> roofline.Bound:
-    """The bound of a program; executed_flops: by formula, used where the program's own are not known."""
-    island_of = islands(list(mesh.devices.flat))
-    return roofline.bound(
-        peak=peak, num_devices=mesh.size, executed_flops=text.products.flops or executed_flops,
-        memory_bytes=memory_bytes,
-        sent_bytes=None if text.collectives is None else roofline.network_bytes(text.collectives, island_of),
-    )  # fmt: skip
+def timed(planned: PlannedRun, text: TextFacts, peak: Peak, executed_flops: float, full_effort: bool) -> dict:
+    """{"bound", "schedule"} of a program. executed_flops: by formula, used where the program's own are not known.
+
+    Where the schedule cannot be read, "schedule" is {"not_read": why} and the bound is of products and collectives alone.
+    """
+    devices = list(planned.mesh.devices.flat)
+    island_of = islands(devices)
+    try:
+        if isinstance(text.steps, str):
+            raise ValueError(text.steps)
+        machine = simulate.Machine.published(peak, island_of)
+        simulation = simulate.simulate(text.steps, machine)
+    except ValueError as error:
+        bound = roofline.bound(
+            peak=peak, num_devices=len(devices), executed_flops=text.products.flops or executed_flops,
+            sent_bytes=None if text.collectives is None else roofline.network_bytes(text.collectives, island_of),
+            why=f"no schedule is simulated and bytes over memory are not known: {error}",
+        )  # fmt: skip
+        return {"bound": dataclasses.asdict(bound), "schedule": {"not_read": str(error)}}
+    described = exposures.describe(
+        simulation, layout_of(planned), device=devices[0].device_kind, full_effort=full_effort
+    )
+    return {"bound": dataclasses.asdict(simulation.bound()), "schedule": described}
 
 
-def rates(bound: roofline.Bound, rows: int, length: int) -> dict:
+def rates(bound: dict, rows: int, length: int) -> dict:
+    """Rates at the bound, one after another, and by the schedule; None where that could not be read."""
+    simulated = bound["simulated_s"]
     return {
-        "samples_per_s": rows / bound.overlapped_s,
-        "samples_per_s_in_turn": rows / bound.in_turn_s,
-        "tokens_per_s": rows * length / bound.overlapped_s,
+        "samples_per_s": rows / bound["overlapped_s"],
+        "samples_per_s_in_turn": rows / bound["in_turn_s"],
+        "samples_per_s_simulated": rows / simulated if simulated else None,
+        "tokens_per_s": rows * length / bound["overlapped_s"],
     }
 
 
@@ -283,12 +305,6 @@ def _ungathered(sharding, mesh: Mesh) -> int:
     """Into how many shards an array is split once it is gathered over fsdp."""
     axes = {axis for entry in sharding.spec if entry for axis in ([entry] if isinstance(entry, str) else entry)}
     return math.prod(mesh.shape[axis] for axis in axes - {"fsdp"})
-
-
-def gathered_bytes(planned: PlannedRun) -> float:
-    """Bytes of all weights on a device in the compute dtype, gathered over fsdp and split over tensor."""
-    width, params = jax.numpy.dtype(planned.run.model.compute_dtype).itemsize, jax.tree.leaves(planned.params())
-    return sum(width * math.prod(x.shape) / _ungathered(x.sharding, planned.mesh) for x in params)
 
 
 def layout_of(planned: PlannedRun) -> rules.Layout:

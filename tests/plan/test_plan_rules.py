@@ -134,21 +134,17 @@ def test_what_crosses_hosts_is_shared_by_their_devices():
     assert roofline.network_bytes([Collective("x", "all-gather", ((3,),), MB, 1)], hosts) == (0.0, 0.0)
 
 
-def test_the_bound_is_the_slowest_part_or_the_sum():
-    peak = peak_of("TPU v5 lite")
-    found = roofline.bound(
-        peak=peak, num_devices=4, executed_flops=4 * 197e12, memory_bytes=0.5 * 819e9, sent_bytes=(0.25 * 200e9, 0.0)
-    )
-    assert (found.compute_s, found.memory_s, found.network_s) == (1.0, 0.5, 0.25)
-    assert (found.overlapped_s, found.in_turn_s, found.limit) == (1.0, 1.75, "compute")
+def test_the_bound_without_a_schedule_says_what_it_leaves_out():
+    peak, why = peak_of("TPU v5 lite"), "no schedule"
+    found = roofline.bound(peak=peak, num_devices=4, executed_flops=4 * 197e12, sent_bytes=(0.25 * 200e9, 0.0), why=why)
+    assert (found.compute_s, found.memory_s, found.network_s) == (1.0, None, 0.25) and found.unknown == (why,)
+    assert (found.overlapped_s, found.in_turn_s, found.limit, found.simulated_s) == (1.0, 1.25, "compute", None)
     # The slower of links and network counts, and what is not known counts nothing and is told.
-    slow = roofline.bound(
-        peak=peak, num_devices=4, executed_flops=0.0, memory_bytes=0.0, sent_bytes=(200e9, 3 * 3.125e9)
-    )
+    slow = roofline.bound(peak=peak, num_devices=4, executed_flops=0.0, sent_bytes=(200e9, 3 * 3.125e9), why=why)
     assert slow.network_s == 3.0 and slow.limit == "network"
-    blind = roofline.bound(peak=peak, num_devices=1, executed_flops=197e12, memory_bytes=0.0, sent_bytes=None)
-    assert blind.network_s is None and blind.in_turn_s == 1.0 and "could not be read" in blind.unknown[0]
+    blind = roofline.bound(peak=peak, num_devices=1, executed_flops=197e12, sent_bytes=None, why=why)
+    assert blind.network_s is None and blind.in_turn_s == 1.0 and "could not be read" in blind.unknown[1]
     card = roofline.bound(
-        peak=peak_of("NVIDIA H100 PCIe"), num_devices=2, executed_flops=1e12, memory_bytes=1e9, sent_bytes=(1e9, 0.0)
+        peak=peak_of("NVIDIA H100 PCIe"), num_devices=2, executed_flops=1e12, sent_bytes=(1e9, 0.0), why=why
     )
-    assert card.network_s is None and "not in the table" in card.unknown[0]
+    assert card.network_s is None and "not in the table" in card.unknown[1]
