@@ -65,6 +65,8 @@ STAGES = {
     "torch_fp32": Stage("cases.torch", "transformers with float32 weights and autocast", 80.0),
     "parity": Stage("checks.parity", "two tiny models on this device, against PyTorch", 200.0),
 }
+# Families of which `pytorch_families` has a model in PyTorch.
+COMPARED = ("llava", "qwen2_vl", "mllama", "minigpt_v2", "next_chat")
 # One process measures both, since they are compared.
 ANSWERS = ("eval", "generate")
 # The stages of `medcg bench` where none are named.

@@ -111,8 +111,8 @@ def training(rows: Rows, against: str, measure: Measure, matrix: dict) -> dict:
     needed = step_flops(setup.model, batch, run.model.trainable)
     figures = {name: step_figures(taken, batch, needed, matrix) for name, taken in spent.items()}
     if against:
-        length = section["torch_length"] = reference.inputs["input_ids"].shape[1]
-        executed = pytorch.executed(setup.model, len(batch["tokens"]), length, run.model.trainable)
+        length = section["torch_length"] = reference.length
+        executed = pytorch.families.executed(setup.model, len(batch["tokens"]), length, run.model.trainable)
         for name, row in figures.items():
             if name != "port":
                 row |= {"executed_flops": executed, "peak_bytes": pytorch.peak_bytes()}
@@ -142,16 +142,27 @@ def step_figures(taken: list[Spent], batch: dict, needed: dict | None, matrix: d
 
 def work_of(port: Port, batch: dict) -> dict[str, int]:
     """As `pytorch.Reference.work`, of the port."""
+    real = batch["segment_ids"] != 0
     return {
         "rows": len(batch["tokens"]),
-        "tokens": int((batch["segment_ids"] != 0).sum()),
+        "tokens": int(real.sum()),
+        "image_tokens": int((real & (batch["tokens"] == port.config.image_token_id)).sum()),
+        "pixels": image_pixels(batch),
         "targets": int(batch["target_weights"].sum()),
+        "boxes": int((batch["box_weights"] > 0).sum()) if "box_weights" in batch else 0,
         "trained": build.num_params(port.abstract[0]),
     }
 
 
+def image_pixels(batch: dict) -> int:
+    """Numbers in the images of the port's batch, without the padding of images that have fewer patches than slots."""
+    if "grids" in batch:
+        return int(batch["grids"].prod(axis=-1).sum()) * batch["pixels"].shape[-1]
+    return batch["pixels"].size
+
+
 def check_alike(port: dict[str, int], reference: dict[str, int]) -> None:
-    """Raises RunError where rows, tokens, supervised tokens or trained parameters of the two sides differ."""
+    """Raises RunError where what the two sides count, as `pytorch.Reference.work`, differs."""
     different = [f"{name} {port[name]} against {reference[name]}" for name in port if port[name] != reference[name]]
     if different:
         raise RunError(f"port and reference do not do the same work: {', '.join(different)}")

@@ -1,0 +1,132 @@
+"""Every family's PyTorch side of `medcg bench` does the work of the port: with the same weights it has the same loss."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from medcg_jax.bench import stages
+from medcg_jax.bench import run as bench
+from medcg_jax.bench.rows import open_rows, question_rows, training_batch
+from medcg_jax.bench.steps import Port
+from medcg_jax.config import ConfigError, DataConfig, EvalConfig, ModelConfig, RunConfig, RunError, TrainConfig, replace
+from medcg_jax.families import build, registry
+from medcg_jax.parity.weights import tensors_of
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from medcg_jax.bench import pytorch, pytorch_families
+
+RUN = RunConfig(
+    name="tiny",
+    model=ModelConfig(scan_unroll=1),
+    data=DataConfig(
+        system_prompt="", max_text_tokens=40, max_target_tokens=4, train_records_per_subset=8, test_records_per_subset=8,
+        subsets=("ct-brain-state", "mri-brain-grade"),
+    ),
+    train=TrainConfig(steps=4, batch_size=8),
+    base=TrainConfig(steps=0, epochs=0),
+    eval=EvalConfig(batch_size=8, max_new_tokens=2),
+)  # fmt: skip
+# Model of each family -> what its run has beside `RUN`.
+MODELS = {
+    "llava15_tiny": {},
+    "qwen2_vl_tiny": {},
+    "llama32_vision_tiny": {},
+    "minigpt_v2_tiny": {"model__trainable": ("projector", "lora")},
+    "next_chat_tiny": {
+        "model__trainable": ("projector", "decoder", "boxes"), "data__max_target_tokens": 20,
+        "data__subsets": ("ct-brain-det", "ct-brain-state"),
+    },
+}  # fmt: skip
+# Parts of the names in our MiniGPT-v2 of transformers' parts -> of the original's.
+MINIGPT = {
+    r"^vision\.embeddings\.class_embedding": "visual_encoder.cls_token",
+    r"^vision\.embeddings\.position_embedding": "visual_encoder.pos_embed",
+    r"^vision\.embeddings\.patch_embedding": "visual_encoder.patch_embed.proj",
+    r"^vision\.encoder\.layers\.(\d+)\.self_attn\.projection": r"visual_encoder.blocks.\1.attn.proj",
+    r"^vision\.encoder\.layers\.(\d+)\.self_attn": r"visual_encoder.blocks.\1.attn",
+    r"^vision\.encoder\.layers\.(\d+)\.layer_norm": r"visual_encoder.blocks.\1.norm",
+    r"^vision\.encoder\.layers": "visual_encoder.blocks",
+    r"^vision\.post_layernorm": "ln_vision",
+    r"^language_model\.": "llama_model.",
+    r"^projector\.": "llama_proj.",
+}
+
+
+def run_of(model: str) -> RunConfig:
+    return replace(RUN, model__name=model, **MODELS[model])
+
+
+def put(config, params, model) -> None:
+    """Gives the PyTorch model the port's weights."""
+    tensors, canonical = tensors_of(config, params), registry.of(config).weight_map.canonical
+    if config.family == "minigpt_v2":
+        fused = {name: value for name, value in tensors.items() if name.endswith(".q_bias")}
+        for name, q in fused.items():
+            v = tensors[name.replace("q_bias", "v_bias")]
+            tensors[name.replace("q_bias", "qkv.bias")] = np.concatenate([q, np.zeros_like(q), v])
+    for name, weight in model.named_parameters():
+        if config.family == "minigpt_v2":
+            for theirs, original in MINIGPT.items():
+                name = re.sub(theirs, original, name)
+        value = np.array(tensors[canonical(name)], np.float32)
+        with torch.no_grad():
+            weight.copy_(torch.from_numpy(value).reshape(weight.shape))
+
+
+@pytest.fixture(autouse=True)
+def no_compilation(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+
+
+def both(model: str, **changes):
+    """(run, setup, batch, port's params with noise on all, the PyTorch reference with the same weights)."""
+    run = replace(run_of(model), **changes)
+    rows = open_rows(run)
+    setup, batch = rows.setup, training_batch(rows)
+    graphdef, params = build.create(setup.model, setup.mesh, seed=0)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda w: w + 0.05 * rng.standard_normal(w.shape).astype(np.float32), params)
+    reference = pytorch.Reference(setup.model, batch, run.train, run.model)
+    put(setup.model, params, reference.model)
+    return run, setup, batch, (graphdef, params), reference
+
+
+def port_loss(setup, model, batch) -> float:
+    from flax import nnx
+
+    with jax.set_mesh(setup.mesh):
+        total, weight = jax.jit(lambda params: setup.loss(nnx.merge(model[0], params), batch))(model[1])
+    return float(total / weight)
+
+
+def torch_loss(reference) -> float:
+    with torch.no_grad():
+        return float(np.mean([reference.model(**piece).loss.item() for piece in reference.pieces]))
+
+
+def test_every_family_has_a_side():
+    assert set(pytorch_families.SIDES) == set(bench.COMPARED) == set(registry.FAMILIES)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_with_the_same_weights_both_sides_have_the_same_loss(model):
+    """So masks, image features, positions, labels and the terms of the loss are alike; an image or label that one side
+    gets otherwise shows."""
+    run, setup, batch, weights, reference = both(model)
+    port = Port(setup.model, setup.mesh, run.train, run.model, loss_fn=setup.loss)
+    counted = reference.work()
+    assert stages.work_of(port, batch) == counted and counted["image_tokens"] > 0 and counted["pixels"] > 0
+    assert (counted["boxes"] > 0) == (setup.model.family == "next_chat")
+    ours, theirs = port_loss(setup, weights, batch), torch_loss(reference)
+    assert ours == pytest.approx(theirs, rel=2e-5)
+    assert port_loss(setup, weights, batch | {"pixels": batch["pixels"][::-1]}) != pytest.approx(theirs, rel=2e-5)
+    frozen = [weight for weight in reference.model.parameters() if not weight.requires_grad]
+    reference.seconds(1)
+    assert all(weight.grad is None for weight in frozen) and all(
+        weight.grad is not None for weight in reference.weights
+    )
