@@ -10,7 +10,7 @@ import importlib.util
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 # Threads that spin while they wait would slow the port, which takes turns with the reference.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -85,12 +85,7 @@ class Reference:
     def work(self) -> dict[str, int]:
         """Counts to compare with the port's: `rows`, real `tokens`, `image_tokens`, numbers in the images (`pixels`),
         supervised `targets`, `boxes` of the text, `trained` parameters."""
-        frames = getattr(self.config.vision, "num_frames", 1)
-        return {
-            "rows": sum(len(piece["input_ids"]) for piece in self.pieces),
-            "tokens": sum(int(piece["attention_mask"].sum()) for piece in self.pieces),
-            "image_tokens": sum(int((piece["input_ids"] == self.config.image_token_id).sum()) for piece in self.pieces),
-            "pixels": sum(piece["pixel_values"].numel() for piece in self.pieces) // frames,
+        return read_by(self.config, self.pieces) | {
             "targets": sum(int((piece["labels"] != -100).sum()) for piece in self.pieces),
             "boxes": sum(int((piece["box_weights"] > 0).sum()) for piece in self.pieces if "box_weights" in piece),
             "trained": sum(weight.numel() for weight in self.weights),
@@ -127,14 +122,18 @@ class Answers:
         self.model = new_model(config, dtype, "sdpa").eval()
         self.model.generation_config.eos_token_id = None
         self.model.generation_config.pad_token_id = config.pad_token_id
-        self.num_rows = len(rows["tokens"])
+        self.config = config
         self.chunks = []
-        for start in range(0, self.num_rows, HF_BATCH):
+        for start in range(0, len(rows["tokens"]), HF_BATCH):
             chunk = {key: value[start : start + HF_BATCH] for key, value in rows.items()}
             right, left = (on(self.device, answer_inputs(config, chunk, side), dtype) for side in ("right", "left"))
             options = torch.from_numpy(chunk["option_ids"]).long().to(self.device)
             last = torch.from_numpy(chunk["last_position"]).long().to(self.device)
             self.chunks.append((right, left, last, options))
+
+    def work(self) -> dict[str, int]:
+        """Counts to compare with the port's."""
+        return read_by(self.config, [right for right, *_ in self.chunks])
 
     @torch.inference_mode()
     def forward(self, steps: int) -> None:
@@ -154,6 +153,18 @@ class Answers:
                 tokens = self.model.generate(**inputs, max_new_tokens=self.num_new, do_sample=False)
                 generated.append(tokens[:, inputs["input_ids"].shape[1] :])
             self.generated = torch.cat(generated).cpu().numpy()
+
+
+def read_by(config: FamilyConfig, inputs: Sequence[dict]) -> dict[str, int]:
+    """{"rows", "tokens", "image_tokens", "pixels"} of arguments of the model's forward: rows, real tokens, image tokens,
+    and numbers in the images."""
+    frames = getattr(config.vision, "num_frames", 1)
+    return {
+        "rows": sum(len(given["input_ids"]) for given in inputs),
+        "tokens": sum(int(given["attention_mask"].sum()) for given in inputs),
+        "image_tokens": sum(int((given["input_ids"] == config.image_token_id).sum()) for given in inputs),
+        "pixels": sum(given["pixel_values"].numel() for given in inputs) // frames,
+    }
 
 
 def here() -> "torch.device":

@@ -98,6 +98,8 @@ def training(rows: Rows, against: str, measure: Measure, matrix: dict) -> dict:
         check_alike(work_of(port, batch), reference.work())
     section = {"batch": describe(batch), "compile": port.compile(batch)}
     if against:
+        section["torch_model"] = pytorch.families.side_of(setup.model).about
+        section["work"] = reference.work()
         runners["torch eager"] = reference.seconds
         try:
             reference.compiled_seconds(1)
@@ -142,15 +144,21 @@ def step_figures(taken: list[Spent], batch: dict, needed: dict | None, matrix: d
 
 def work_of(port: Port, batch: dict) -> dict[str, int]:
     """As `pytorch.Reference.work`, of the port."""
+    return asked_of(port.config, batch) | {
+        "targets": int(batch["target_weights"].sum()),
+        "boxes": int((batch["box_weights"] > 0).sum()) if "box_weights" in batch else 0,
+        "trained": build.num_params(port.abstract[0]),
+    }
+
+
+def asked_of(config: build.Config, batch: dict) -> dict[str, int]:
+    """{"rows", "tokens", "image_tokens", "pixels"} of a batch, as `pytorch.read_by` has them of PyTorch's inputs."""
     real = batch["segment_ids"] != 0
     return {
         "rows": len(batch["tokens"]),
         "tokens": int(real.sum()),
-        "image_tokens": int((real & (batch["tokens"] == port.config.image_token_id)).sum()),
+        "image_tokens": int((real & (batch["tokens"] == config.image_token_id)).sum()),
         "pixels": image_pixels(batch),
-        "targets": int(batch["target_weights"].sum()),
-        "boxes": int((batch["box_weights"] > 0).sum()) if "box_weights" in batch else 0,
-        "trained": build.num_params(port.abstract[0]),
     }
 
 
@@ -219,12 +227,17 @@ def answers(ask: Ask, save: Callable) -> None:
     if ask.against:
         from medcg_jax.bench import pytorch
 
-        reference = pytorch.Answers(setup.model, encoded.rows(np.arange(len(encoded)))[0], run.model, num_new=num_new)
-        check_alike({"rows": len(encoded)}, {"rows": reference.num_rows})
+        batch = encoded.rows(np.arange(len(encoded)))[0]
+        reference = pytorch.Answers(setup.model, batch, run.model, num_new=num_new)
+        check_alike(asked_of(setup.model, batch), reference.work())
         if "eval" in ask.stages:
             runners["torch forward"] = reference.forward
-        runners["torch generate"] = reference.generate
-        section |= {"torch_batch_size": HF_BATCH, "torch_generated_tokens": num_new}
+        if why := pytorch.families.side_of(setup.model).no_generation:
+            save(notes=[*([rows.note] if rows.note else []), why])
+        else:
+            runners["torch generate"] = reference.generate
+            section["torch_generated_tokens"] = num_new
+        section["torch_batch_size"] = HF_BATCH
     spent = measure.turns(runners)
     figures = {name: times(taken, len(encoded)) for name, taken in spent.items()}
     for name, total in needed.items():

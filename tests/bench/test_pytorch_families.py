@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from medcg_jax.bench import stages
 from medcg_jax.bench import run as bench
+from medcg_jax.bench import stages
 from medcg_jax.bench.rows import open_rows, question_rows, training_batch
 from medcg_jax.bench.steps import Port
 from medcg_jax.config import ConfigError, DataConfig, EvalConfig, ModelConfig, RunConfig, RunError, TrainConfig, replace
@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from medcg_jax.bench import pytorch, pytorch_families
+from medcg_jax.bench import pytorch, pytorch_families  # noqa: E402
 
 RUN = RunConfig(
     name="tiny",
@@ -58,7 +58,7 @@ MINIGPT = {
 
 
 def run_of(model: str) -> RunConfig:
-    return replace(RUN, model__name=model, **MODELS[model])
+    return replace(RUN, model__name=model, **MODELS.get(model, {}))
 
 
 def put(config, params, model) -> None:
@@ -130,3 +130,108 @@ def test_with_the_same_weights_both_sides_have_the_same_loss(model):
     assert all(weight.grad is None for weight in frozen) and all(
         weight.grad is not None for weight in reference.weights
     )
+
+
+@pytest.mark.parametrize(
+    ("model", "trainable", "within"),
+    [
+        ("qwen2_vl_tiny", ("projector", "decoder"), 1e-9),
+        ("qwen2_vl_tiny", ("decoder",), 1e-9),
+        ("qwen2_vl_tiny", ("projector",), 1e-9),
+        ("llama32_vision_tiny", ("projector", "decoder"), 5e-4),
+        ("minigpt_v2_tiny", ("projector", "lora"), 1e-9),
+        ("minigpt_v2_tiny", ("projector",), 1e-9),
+        # No gradient of the images' keys and values, or of the first layer's input.
+        ("llama32_vision_tiny", ("decoder",), 0.02),
+        ("minigpt_v2_tiny", ("lora",), 0.02),
+    ],
+)
+def test_formulas_count_what_pytorch_counts(model, trainable, within, monkeypatch):
+    """Training steps and forward passes, on the batch that is measured. LLaVA's are in test_bench.py."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # PyTorch's counter sees products, and no fused kernel for CPUs.
+    real = pytorch.new_model
+    monkeypatch.setattr(pytorch, "new_model", lambda config, dtype, attention: real(config, dtype, "eager"))
+    run = replace(run_of(model), model__trainable=trainable)
+    rows = open_rows(run)
+    config = rows.setup.model
+    reference = pytorch.Reference(config, training_batch(rows), run.train, run.model)
+    with FlopCounterMode(display=False) as counter:
+        reference.seconds(1)
+    executed = pytorch_families.executed(config, 8, reference.length, trainable)
+    assert counter.get_total_flops() == pytest.approx(executed, rel=within)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        reference.model(**reference.pieces[0])
+    assert counter.get_total_flops() == pytest.approx(
+        pytorch_families.executed(config, 8, reference.length), rel=within
+    )
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_letters_are_the_same_questions(model):
+    """With the same weights, rows padded at either side have the port's most likely first token."""
+    run = run_of(model)
+    rows = open_rows(run)
+    setup = rows.setup
+    encoded = question_rows(rows)
+    questions = encoded.rows(np.arange(8))[0]
+    graphdef, params = build.create(setup.model, setup.mesh, seed=0)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda w: w + 0.05 * rng.standard_normal(w.shape).astype(np.float32), params)
+    reference = pytorch.Answers(setup.model, questions, run.model, num_new=1)
+    put(setup.model, params, reference.model)
+    assert stages.asked_of(setup.model, questions) == reference.work()
+    reference.forward(1)
+    answered = answers_of(setup, graphdef, params, questions)
+    np.testing.assert_allclose(reference.logprobs, answered["option_logprobs"], atol=2e-4)
+    if not pytorch_families.side_of(setup.model).no_generation:
+        reference.generate(1)
+        assert reference.generated[:, 0].tolist() == answered["first"].tolist()
+
+
+def answers_of(setup, graphdef, params, questions) -> dict[str, np.ndarray]:
+    """The port's log-probabilities of the letters, and its most likely first token."""
+    from flax import nnx
+
+    def answer(params):
+        model = nnx.merge(graphdef, params)
+        images = {key: questions[key] for key in model.image_keys}
+        last = questions["last_position"][:, None]
+        hidden, _ = model.hidden(questions["tokens"], images, segment_ids=questions["segment_ids"], at=last)
+        logits = model.logits(hidden)[:, 0]
+        logprobs = jax.nn.log_softmax(logits)
+        options = np.maximum(questions["option_ids"], 0)
+        return {"option_logprobs": jax.numpy.take_along_axis(logprobs, options, 1), "first": logits.argmax(-1)}
+
+    with jax.set_mesh(setup.mesh):
+        return jax.device_get(jax.jit(answer)(params))
+
+
+def test_what_is_not_compared_is_one_line():
+    masks = replace(run_of("next_chat_tiny_sam"), model__trainable=("mask_prompt", "mask_decoder"))
+    with pytest.raises(ConfigError, match="model.trainable=mask_decoder,mask_prompt: expected some of boxes, decoder"):
+        config = open_rows(masks).setup.model
+        pytorch_families.side_of(config).trained(torch.nn.Linear(1, 1), config, masks.model.trainable)
+    with pytest.raises(ConfigError, match="base_dtype=nf4: .* expected float32"):
+        bench.check(replace(RUN, model__lora_rank=4, model__base_dtype="nf4"), ("train",), "torch")
+    assert "cannot feed a decoded box" in pytorch_families.SIDES["next_chat"].no_generation
+
+
+def test_adapters_are_trained_on_both_sides():
+    run = replace(run_of("llava15_tiny"), model__lora_rank=4, model__trainable=("projector", "lora"))
+    rows = open_rows(run)
+    setup, batch = rows.setup, training_batch(rows)
+    reference = pytorch.Reference(setup.model, batch, run.train, run.model)
+    port = Port(setup.model, setup.mesh, run.train, run.model, loss_fn=setup.loss)
+    assert stages.work_of(port, batch) == reference.work()
+
+
+def test_microbatches_are_the_batch():
+    run, setup, batch, weights, reference = both("qwen2_vl_tiny", train__batch_size=16, train__accumulation_steps=2)
+    assert len(reference.pieces) == 2
+    assert port_loss(setup, weights, batch) == pytest.approx(torch_loss(reference), rel=2e-5)
+    reference.pieces[1]["labels"][:] = -100
+    with pytest.raises(RunError, match="targets 32 against 16"):
+        port = Port(setup.model, setup.mesh, run.train, run.model, loss_fn=setup.loss)
+        stages.check_alike(stages.work_of(port, batch), reference.work())
