@@ -50,6 +50,7 @@ class Reference:
         self, config: FamilyConfig, batch: dict[str, np.ndarray], train: TrainConfig, model: ModelConfig,
         *, attention: str = "sdpa",
     ):  # fmt: skip
+        config, batch = families.inside_table(config, batch)
         self.device, self.config = here(), config
         self.dtype = getattr(torch, model.compute_dtype)
         self.model = new_model(config, torch.float32, attention)
@@ -117,6 +118,7 @@ class Answers:
     """
 
     def __init__(self, config: FamilyConfig, rows: dict[str, np.ndarray], model: ModelConfig, *, num_new: int):
+        config, rows = families.inside_table(config, rows)
         self.device, self.num_new = here(), num_new
         dtype = getattr(torch, model.compute_dtype)
         self.model = new_model(config, dtype, "sdpa").eval()

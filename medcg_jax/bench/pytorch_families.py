@@ -4,6 +4,7 @@ LLaVA, Qwen2-VL and Llama-3.2-Vision are transformers' own classes. transformers
 `bench.pytorch_models` builds them of its towers and its Llama.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from medcg_jax.config import ConfigError
 from medcg_jax.families import registry
 from medcg_jax.families.common import FamilyConfig
 from medcg_jax.families.flops import forward, training, vit
+from medcg_jax.families.mllama.text import EXTRA_ROWS
 from medcg_jax.families.mllama.vit import MULTIPLE, NUM_TILES
 from medcg_jax.parity import mllama as parity
 
@@ -90,6 +92,18 @@ def new_model(config: FamilyConfig, dtype, attention: str):
         peft.inject_adapter_in_model(adapters, decoder_of(model))
         model.to(dtype)
     return model
+
+
+def inside_table(config: FamilyConfig, batch: Batch) -> tuple[FamilyConfig, Batch]:
+    """(config, batch) whose image token has a row in the embedding, where transformers looks it up before its features
+    replace it. LLaVA-1.5's id is the first one behind the port's table."""
+    rows = config.text.vocab_size + (EXTRA_ROWS if config.family == "mllama" else 0)
+    if config.image_token_id < rows:
+        return config, batch
+    tokens = batch["tokens"]
+    is_image = tokens == config.image_token_id
+    moved = np.where(is_image, rows - 1, np.minimum(tokens, rows - 2))
+    return dataclasses.replace(config, image_token_id=rows - 1), batch | {"tokens": moved}
 
 
 def decoder_of(model):

@@ -9,9 +9,10 @@ import pytest
 from medcg_jax.bench import run as bench
 from medcg_jax.bench import stages
 from medcg_jax.bench.rows import open_rows, question_rows, training_batch
-from medcg_jax.bench.steps import Port
+from medcg_jax.bench.steps import Port, example_batch
 from medcg_jax.config import ConfigError, DataConfig, EvalConfig, ModelConfig, RunConfig, RunError, TrainConfig, replace
 from medcg_jax.families import build, registry
+from medcg_jax.families.llava.model import llava15_tiny
 from medcg_jax.parity.weights import tensors_of
 
 torch = pytest.importorskip("torch")
@@ -235,3 +236,14 @@ def test_microbatches_are_the_batch():
     with pytest.raises(RunError, match="targets 32 against 16"):
         port = Port(setup.model, setup.mesh, run.train, run.model, loss_fn=setup.loss)
         stages.check_alike(stages.work_of(port, batch), reference.work())
+
+
+def test_an_image_token_behind_the_table_has_a_row_in_pytorch():
+    """LLaVA-1.5-7B's has the id 32000 of 32000 rows, which transformers cannot look up."""
+    config = llava15_tiny(vocab_size=64, image_token_id=64)
+    batch = example_batch(config, batch_size=2, text_tokens=(8, 12), num_targets=2)
+    reference = pytorch.Reference(config, batch, RUN.train, RUN.model)
+    counted = reference.work()
+    reference.seconds(1)
+    assert counted["image_tokens"] == 2 * config.num_image_tokens
+    assert counted == counted | stages.asked_of(config, batch)
