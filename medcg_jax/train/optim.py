@@ -81,7 +81,8 @@ def _adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
         count = optax.safe_increment(state.count)
         mu = jax.tree.map(lambda g, m: (1 - b1) * g + b1 * m, updates, state.mu)
         nu = jax.tree.map(lambda g, v: (1 - b2) * jnp.square(g) + b2 * v, updates, state.nu)
-        first, second = (1 / (1 - b**count) for b in (b1, b2))
+        # 1 - b**count, without the digits that its difference from 1 would cost.
+        first, second = (-1 / jnp.expm1(count * math.log(b)) if b else 1.0 for b in (b1, b2))
         ascent = jax.tree.map(lambda m, v: (m * first) / (jnp.sqrt(v * second) + eps), mu, nu)
         return ascent, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
 
