@@ -5,6 +5,7 @@ A stage is `stage(ask, save)`, in a process of its own (`run`). Weights are rand
 
 import dataclasses
 import io
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -68,8 +69,15 @@ class Measure:
 def opened(ask: Ask, save: Callable) -> Rows:
     """The rows that the stage works on; saves the machine, the mesh and a note on stand-ins."""
     rows = open_rows(ask.run)
-    save(about=about_here() | {"mesh": dict(rows.setup.mesh.shape)}, notes=[rows.note] if rows.note else [])
+    save(about=about_here() | {"mesh": dict(rows.setup.mesh.shape)}, notes=notes_on(rows))
     return rows
+
+
+def notes_on(rows: Rows) -> list[str]:
+    """What a reader of the figures must know: stand-ins for the run's records, and other work on this machine."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    beside = f"other work ran beside this: a load of {load:.1f} on {cores} cores (times by CPU-second hold better)"
+    return ([rows.note] if rows.note else []) + ([beside] if load > cores + 0.5 else [])
 
 
 def train(ask: Ask, save: Callable) -> None:
@@ -81,8 +89,7 @@ def train(ask: Ask, save: Callable) -> None:
     rows = opened(ask, save)
     matrix = matrix_rate(ask.run.model.compute_dtype, sizes=ask.matrix_sizes)
     result = training(rows, ask.against, Measure(ask.repeats, ask.steps), matrix)
-    notes = ([rows.note] if rows.note else []) + result.pop("notes")
-    save(**result, notes=notes, matrix=matrix)
+    save(**result | {"notes": notes_on(rows) + result["notes"]}, matrix=matrix)
 
 
 def training(rows: Rows, against: str, measure: Measure, matrix: dict) -> dict:
@@ -233,7 +240,7 @@ def answers(ask: Ask, save: Callable) -> None:
         if "eval" in ask.stages:
             runners["torch forward"] = reference.forward
         if why := pytorch.families.side_of(setup.model).no_generation:
-            save(notes=[*([rows.note] if rows.note else []), why])
+            save(notes=[*notes_on(rows), why])
         else:
             runners["torch generate"] = reference.generate
             section["torch_generated_tokens"] = num_new
