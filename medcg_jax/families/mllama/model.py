@@ -88,7 +88,8 @@ def llama32_vision_tiny(
 def llama32_vision_bench(vocab_size: int, image_token_id: int, **fields) -> MllamaConfig:
     """As `common.bench`: four tiles of 64 patches, and two groups of four layers with one of cross-attention each."""
     vision = {"image_size_px": 64, "num_layers": 4, "num_global_layers": 1, "intermediate_layers": (1, 2, 3)}
-    text = {"num_layers": 8, "cross_layers": (3, 7), "num_kv_heads": 2}
+    # transformers warns of fewer positions than those that `rope_scaling` is made for.
+    text = {"num_layers": 8, "cross_layers": (3, 7), "num_kv_heads": 2, "max_positions": 16384}
     return bench(MllamaConfig, vocab_size, image_token_id, vision=vision, text=text, **fields)
 
 
