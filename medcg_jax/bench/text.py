@@ -16,7 +16,7 @@ DIFFERENCES = (
     "weights are random on both sides, and both have this process's threads and allocator",
     "HF's pixels are normalised and on the device before; the port's are bytes, and normalised in its step",
     "the learning rate is the port's schedule and HF's constant; both clip the gradient's norm",
-    "HF's tower runs every layer, without gradients where it is frozen; the port's of CLIP ends where its features are taken",
+    "HF's tower runs every layer, without gradients where it is frozen; our CLIP ends where its features are taken",
     "rows of a batch are as long as the longest for HF, as long as data.max_text_tokens allows for the port",
 )
 
