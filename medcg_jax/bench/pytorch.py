@@ -158,7 +158,7 @@ class Answers:
 
 
 def read_by(config: FamilyConfig, inputs: Sequence[dict]) -> dict[str, int]:
-    """{"rows", "tokens", "image_tokens", "pixels"} of arguments of the model's forward: rows, real tokens, image tokens,
+    """{"rows", "tokens", "image_tokens", "pixels"} of the arguments of forward: rows, real tokens, image tokens,
     and numbers in the images."""
     frames = getattr(config.vision, "num_frames", 1)
     return {

@@ -1,4 +1,4 @@
-"""The families in PyTorch, for `bench.pytorch`: the model with random weights, its trained parts, a batch as its inputs.
+"""The families in PyTorch, for `bench.pytorch`: random weights, trained parts, a batch as a model's inputs.
 
 LLaVA, Qwen2-VL and Llama-3.2-Vision are transformers' own classes. transformers has none of MiniGPT-v2 and NExT-Chat:
 `bench.pytorch_models` builds them of its towers and its Llama.
@@ -31,8 +31,8 @@ class Side:
     """One family in PyTorch.
 
     make: (config, dtype, attention) -> the model with random weights; attention: transformers' name of one.
-    images: (config, batch, tokens) -> the images as arguments of the model's forward, and what else it needs beside text;
-      `batch` has the pipeline's keys, `tokens` int[B, T] are its rows as the model gets them (cut, or padded at the left).
+    images: (config, batch, tokens) -> arguments of the model's forward for images, and what else it needs beside text;
+      `batch` has the pipeline's keys, `tokens` int[B, T] its rows as the model gets them (cut, or padded at the left).
     parts: part of the port's model -> beginnings of its parameters' names.
     unneeded: (config) -> FLOPs of one row's forward pass that the model executes and does not need.
     about: what the model is, for the report.
@@ -55,7 +55,8 @@ class Side:
         accepted = {*self.parts, *(("lora",) if config.lora else ())}
         if unknown := sorted(set(trainable) - accepted):
             raise ConfigError(
-                f"--against=torch with model.trainable={','.join(unknown)}: expected some of {', '.join(sorted(accepted))}"
+                f"--against=torch with model.trainable={','.join(unknown)}: expected some of "
+                f"{', '.join(sorted(accepted))}"
             )
         names = tuple(name for part in trainable for name in self.parts.get(part, ()))
         for name, weight in model.named_parameters():
@@ -114,9 +115,9 @@ def executed(config: FamilyConfig, rows: int, length: int, trainable: tuple[str,
     """FLOPs that the PyTorch model executes on `rows` rows of `length` tokens: a training step, or a forward pass where
     nothing trains.
 
-    Our formulas, and what the model computes and does not need: logits at every position, and `Side.unneeded`. Minus the
+    Our formulas, and what the model computes and does not need: logits at every position, `Side.unneeded`. Minus the
     gradient of the first trained product's input, which autograd skips. What `torch.utils.flop_counter` counts with
-    attention "eager": exactly for LLaVA and Qwen2-VL; within 2 % for the others (tests), without NExT-Chat's heads. Fused
+    attention "eager": exactly for LLaVA and Qwen2-VL; within 2 % for the others (tests) but NExT-Chat's heads. Fused
     kernels recompute attention's products in the backward pass, which is not counted. Images have the most tokens.
     """
     per_row, unneeded = forward(config, length=length), side_of(config).unneeded(config)
@@ -263,7 +264,7 @@ SIDES = {
     ),
     "next_chat": Side(
         NextChat.random, next_chat_images, CLIP_PARTS | {"boxes": ("loc_encoder.", "loc_decoder.")},
-        "transformers' LlavaForConditionalGeneration with the encoder, decoder and losses of boxes", unneeded=clip_above,
-        no_generation="generation of NExT-Chat is not compared: transformers' generate cannot feed a decoded box back in",
+        "transformers' LlavaForConditionalGeneration with encoder, decoder and losses of boxes", unneeded=clip_above,
+        no_generation="NExT-Chat's generation is not compared: transformers' generate cannot feed a decoded box back",
     ),
 }  # fmt: skip
