@@ -337,7 +337,7 @@ def reference(case: Case, ask: Ask) -> Callable[[int], object]:
     if pure:
         # In place: the optimizer keeps its parameters, and makes its moments of them at the first step.
         side.model.to(pytorch.torch.bfloat16)
-        side.inputs["pixel_values"] = side.inputs["pixel_values"].to(pytorch.torch.bfloat16)
+        side.pieces = [pytorch.on(side.device, piece, pytorch.torch.bfloat16) for piece in side.pieces]
     return side.compiled_seconds if case.what == "torch compiled" else side.seconds
 
 

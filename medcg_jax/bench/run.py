@@ -65,6 +65,8 @@ STAGES = {
     "torch_fp32": Stage("cases.torch", "transformers with float32 weights and autocast", 80.0),
     "parity": Stage("checks.parity", "two tiny models on this device, against PyTorch", 200.0),
 }
+# Families of which `pytorch_families` has a model in PyTorch.
+COMPARED = ("llava", "qwen2_vl", "mllama", "minigpt_v2", "next_chat")
 # One process measures both, since they are compared.
 ANSWERS = ("eval", "generate")
 # The stages of `medcg bench` where none are named.
@@ -125,8 +127,8 @@ def bench(
     time_s: seconds for all stages. scale: factor of the stages' limits. earlier: a result whose other stages are kept.
 
     Raises:
-      ConfigError: an unknown stage, another model than LLaVA against torch, a batch that does not fit the mesh, or the
-        reference's packages are not installed.
+      ConfigError: an unknown stage, a model that the stages or PyTorch do not have, a batch that does not fit the mesh,
+        or the reference's packages are not installed.
       DataError: the run's records cannot be read.
       RunError: a stage failed, or the two sides do different work.
       RuntimeError: a stage does not fit in the device's memory.
@@ -172,10 +174,21 @@ def check(run: RunConfig, stages: Sequence[str], against: str) -> None:
         raise ConfigError(f"stages={','.join(unknown)}: expected some of {', '.join(KNOWN)}")
     if against not in ("", "torch"):
         raise ConfigError(f"against={against!r}: expected 'torch', or nothing")
-    asked = [f"--against={against}"] if against else [name for name in stages if name not in (*DEFAULT, "machine")]
-    if asked and MODELS[run.model.name] != "llava":
+    family = MODELS[run.model.name]
+    special = [name for name in stages if name not in (*DEFAULT, "machine")]
+    if special and family != "llava":
         known = ", ".join(name for name, family in MODELS.items() if family == "llava")
-        raise ConfigError(f"{', '.join(asked)} with model.name={run.model.name}: expected a LLaVA ({known})")
+        raise ConfigError(f"{', '.join(special)} with model.name={run.model.name}: expected a LLaVA ({known})")
+    if against and family not in COMPARED:
+        raise ConfigError(
+            f"--against=torch with model.name={run.model.name}: {family} has no model in bench/pytorch_families.py, and "
+            f"is not compared; expected one of {', '.join(COMPARED)}"
+        )
+    if against and run.model.base_dtype != "float32":
+        raise ConfigError(
+            f"--against=torch with model.base_dtype={run.model.base_dtype}: PyTorch's frozen weights are float32 here; "
+            "expected float32"
+        )
     if against and not {"train", *ANSWERS} & set(stages):
         raise ConfigError(f"--against=torch with stages={','.join(stages)}: train, eval or generate is needed too")
 

@@ -5,6 +5,7 @@ A stage is `stage(ask, save)`, in a process of its own (`run`). Weights are rand
 
 import dataclasses
 import io
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -68,8 +69,15 @@ class Measure:
 def opened(ask: Ask, save: Callable) -> Rows:
     """The rows that the stage works on; saves the machine, the mesh and a note on stand-ins."""
     rows = open_rows(ask.run)
-    save(about=about_here() | {"mesh": dict(rows.setup.mesh.shape)}, notes=[rows.note] if rows.note else [])
+    save(about=about_here() | {"mesh": dict(rows.setup.mesh.shape)}, notes=notes_on(rows))
     return rows
+
+
+def notes_on(rows: Rows) -> list[str]:
+    """What a reader of the figures must know: stand-ins for the run's records, and other work on this machine."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    beside = f"other work ran beside this: a load of {load:.1f} on {cores} cores (times by CPU-second hold better)"
+    return ([rows.note] if rows.note else []) + ([beside] if load > cores + 0.5 else [])
 
 
 def train(ask: Ask, save: Callable) -> None:
@@ -81,8 +89,7 @@ def train(ask: Ask, save: Callable) -> None:
     rows = opened(ask, save)
     matrix = matrix_rate(ask.run.model.compute_dtype, sizes=ask.matrix_sizes)
     result = training(rows, ask.against, Measure(ask.repeats, ask.steps), matrix)
-    notes = ([rows.note] if rows.note else []) + result.pop("notes")
-    save(**result, notes=notes, matrix=matrix)
+    save(**result | {"notes": notes_on(rows) + result["notes"]}, matrix=matrix)
 
 
 def training(rows: Rows, against: str, measure: Measure, matrix: dict) -> dict:
@@ -98,6 +105,8 @@ def training(rows: Rows, against: str, measure: Measure, matrix: dict) -> dict:
         check_alike(work_of(port, batch), reference.work())
     section = {"batch": describe(batch), "compile": port.compile(batch)}
     if against:
+        section["torch_model"] = pytorch.families.side_of(setup.model).about
+        section["work"] = reference.work()
         runners["torch eager"] = reference.seconds
         try:
             reference.compiled_seconds(1)
@@ -111,8 +120,8 @@ def training(rows: Rows, against: str, measure: Measure, matrix: dict) -> dict:
     needed = step_flops(setup.model, batch, run.model.trainable)
     figures = {name: step_figures(taken, batch, needed, matrix) for name, taken in spent.items()}
     if against:
-        length = section["torch_length"] = reference.inputs["input_ids"].shape[1]
-        executed = pytorch.executed(setup.model, len(batch["tokens"]), length, run.model.trainable)
+        length = section["torch_length"] = reference.length
+        executed = pytorch.families.executed(setup.model, len(batch["tokens"]), length, run.model.trainable)
         for name, row in figures.items():
             if name != "port":
                 row |= {"executed_flops": executed, "peak_bytes": pytorch.peak_bytes()}
@@ -142,16 +151,33 @@ def step_figures(taken: list[Spent], batch: dict, needed: dict | None, matrix: d
 
 def work_of(port: Port, batch: dict) -> dict[str, int]:
     """As `pytorch.Reference.work`, of the port."""
-    return {
-        "rows": len(batch["tokens"]),
-        "tokens": int((batch["segment_ids"] != 0).sum()),
+    return asked_of(port.config, batch) | {
         "targets": int(batch["target_weights"].sum()),
+        "boxes": int((batch["box_weights"] > 0).sum()) if "box_weights" in batch else 0,
         "trained": build.num_params(port.abstract[0]),
     }
 
 
+def asked_of(config: build.Config, batch: dict) -> dict[str, int]:
+    """{"rows", "tokens", "image_tokens", "pixels"} of a batch, as `pytorch.read_by` has them of PyTorch's inputs."""
+    real = batch["segment_ids"] != 0
+    return {
+        "rows": len(batch["tokens"]),
+        "tokens": int(real.sum()),
+        "image_tokens": int((real & (batch["tokens"] == config.image_token_id)).sum()),
+        "pixels": image_pixels(batch),
+    }
+
+
+def image_pixels(batch: dict) -> int:
+    """Numbers in the images of the port's batch, without the padding of images that have fewer patches than slots."""
+    if "grids" in batch:
+        return int(batch["grids"].prod(axis=-1).sum()) * batch["pixels"].shape[-1]
+    return batch["pixels"].size
+
+
 def check_alike(port: dict[str, int], reference: dict[str, int]) -> None:
-    """Raises RunError where rows, tokens, supervised tokens or trained parameters of the two sides differ."""
+    """Raises RunError where what the two sides count, as `pytorch.Reference.work`, differs."""
     different = [f"{name} {port[name]} against {reference[name]}" for name in port if port[name] != reference[name]]
     if different:
         raise RunError(f"port and reference do not do the same work: {', '.join(different)}")
@@ -208,12 +234,17 @@ def answers(ask: Ask, save: Callable) -> None:
     if ask.against:
         from medcg_jax.bench import pytorch
 
-        reference = pytorch.Answers(setup.model, encoded.rows(np.arange(len(encoded)))[0], run.model, num_new=num_new)
-        check_alike({"rows": len(encoded)}, {"rows": reference.num_rows})
+        batch = encoded.rows(np.arange(len(encoded)))[0]
+        reference = pytorch.Answers(setup.model, batch, run.model, num_new=num_new)
+        check_alike(asked_of(setup.model, batch), reference.work())
         if "eval" in ask.stages:
             runners["torch forward"] = reference.forward
-        runners["torch generate"] = reference.generate
-        section |= {"torch_batch_size": HF_BATCH, "torch_generated_tokens": num_new}
+        if why := pytorch.families.side_of(setup.model).no_generation:
+            save(notes=[*notes_on(rows), why])
+        else:
+            runners["torch generate"] = reference.generate
+            section["torch_generated_tokens"] = num_new
+        section["torch_batch_size"] = HF_BATCH
     spent = measure.turns(runners)
     figures = {name: times(taken, len(encoded)) for name, taken in spent.items()}
     for name, total in needed.items():

@@ -3,7 +3,7 @@
 # What a runner does, as the table says it.
 DOES = {
     "port": "this port's step, as `medcg train` compiles it",
-    "torch eager": "HF transformers: labels in, logits at all positions, rows padded to the longest, fused AdamW",
+    "torch eager": "PyTorch: labels in, logits at all positions, rows padded to the longest, fused AdamW",
     "torch compile": "the same model by torch.compile, static shapes, graphs broken where transformers breaks them",
     "torch eager flash": "the same with FlashAttention 2",
     "port letters": "log-probabilities of the option letters, by `evaluate`: no token is generated",
@@ -16,7 +16,7 @@ DIFFERENCES = (
     "weights are random on both sides, and both have this process's threads and allocator",
     "HF's pixels are normalised and on the device before; the port's are bytes, and normalised in its step",
     "the learning rate is the port's schedule and HF's constant; both clip the gradient's norm",
-    "HF's tower runs every layer, without gradients where it is frozen; the port's ends where its features are taken",
+    "HF's tower runs every layer, without gradients where it is frozen; our CLIP ends where its features are taken",
     "rows of a batch are as long as the longest for HF, as long as data.max_text_tokens allows for the port",
 )
 
@@ -49,6 +49,7 @@ def _train(result: dict) -> list[str]:
     lines = [f"training step: batch {batch['size']} x {batch['length']} tokens ({batch['real_tokens']} real), "
              f"{batch['targets_per_row']} places for targets a row; trains {', '.join(result['trainable'])}"
              + (f"; HF's rows have {train['torch_length']}" if "torch_length" in train else ""),
+             *([f"  in PyTorch: {train['torch_model']}"] if "torch_model" in train else []),
              (f"  lowered in {compiled['lower_s']:.1f} s, compiled in {compiled['compile_s']:.1f} s; attention "
              f"{compiled['attention']}; program {_bytes(compiled['program_bytes'])}")]  # fmt: skip
     if needed:
@@ -83,8 +84,9 @@ def _answers(result: dict) -> list[str]:
     lines = [(f"answers to {answers['rows']} questions of {answers['length']} tokens ({answers['real_tokens']} real), "
              f"here in batches of {answers['batch_size']}, {answers['max_new_tokens']} new tokens")]  # fmt: skip
     if "torch_batch_size" in answers:
-        lines[0] += (f"; HF in batches of {answers['torch_batch_size']}, padded to the longest of each, "
-                     f"{answers['torch_generated_tokens']} new tokens of every row")  # fmt: skip
+        lines[0] += f"; HF in batches of {answers['torch_batch_size']}, padded to the longest of each"
+    if "torch_generated_tokens" in answers:
+        lines[0] += f", {answers['torch_generated_tokens']} new tokens of every row"
     return lines + _rows(answers["runners"]) + _does(answers["runners"])
 
 

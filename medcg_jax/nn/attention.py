@@ -13,6 +13,9 @@ from medcg_jax.nn.context import platform
 IMPLEMENTATIONS = ("auto", "plain", "splash", "cudnn")
 # Finite: a row that attends to nothing (padding) is then a plain mean, and its gradient is not NaN.
 MASKED = -1e30
+# Causal attention skips keys by blocks of queries: at most so many, each of at least so many queries. Two leave out a
+# quarter of all pairs, four three eighths.
+CAUSAL_BLOCKS, CAUSAL_BLOCK = 4, 64
 
 
 def attention(
@@ -62,8 +65,17 @@ def _choose(platform_name: str, dtype) -> str:
 
 
 def _plain(q, k, v, causal, segment_ids, kv_segment_ids, q_offset) -> jax.Array:
-    offset = 0 if q_offset is None else q_offset
-    return masked_attention(q, k, v, _allowed(q.shape[1], k.shape[1], causal, segment_ids, kv_segment_ids, offset))
+    offset, length = 0 if q_offset is None else q_offset, q.shape[1]
+    allowed = _allowed(length, k.shape[1], causal, segment_ids, kv_segment_ids, offset)
+    blocks = min(CAUSAL_BLOCKS, length // CAUSAL_BLOCK)
+    if not causal or q_offset is not None or k.shape[1] != length or blocks < 2 or allowed is None:
+        return masked_attention(q, k, v, allowed)
+    # A block of queries without the keys behind it, which are masked for all of them.
+    size, outs = -(-length // blocks), []
+    for start in range(0, length, size):
+        end = min(start + size, length)
+        outs.append(masked_attention(q[:, start:end], k[:, :end], v[:, :end], allowed[:, start:end, :end]))
+    return jnp.concatenate(outs, axis=1)
 
 
 def attention_at(q: jax.Array, k: jax.Array, v: jax.Array, *, at: jax.Array, segment_ids: jax.Array | None):

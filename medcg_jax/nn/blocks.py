@@ -6,6 +6,7 @@ A stack is one block whose parameters have a leading `layer` axis; `run_stack` s
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from medcg_jax.nn.attention import attention, attention_at, take_positions
@@ -152,9 +153,25 @@ def run_stack(blocks: nnx.Module, body, x: jax.Array, per_layer=None, *, unroll:
     scanned = params, per_layer
     if last is None:
         return jax.lax.scan(layer_of(body), x, scanned, unroll=layers_at_once(num_layers, unroll))
-    first, final = (jax.tree.map(lambda w, where=where: w[where], scanned) for where in (slice(-1), -1))
+    leaves, treedef = jax.tree.flatten(scanned)
+    first, final = (jax.tree.unflatten(treedef, part) for part in zip(*map(split_last, leaves), strict=True))
     x, out = jax.lax.scan(layer_of(body), x, first, unroll=max(num_layers - 1, 1))
     return layer_of(last)(x, final)[0], out
+
+
+def split_last(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(w[:-1], w[-1]), with a gradient that is written once: JAX's is a sum of two padded arrays."""
+    return _split_last(w) if jnp.issubdtype(w.dtype, jnp.floating) else (w[:-1], w[-1])
+
+
+@jax.custom_vjp
+def _split_last(w):
+    return w[:-1], w[-1]
+
+
+_split_last.defvjp(
+    lambda w: (_split_last(w), None), lambda _, grads: (jnp.concatenate([grads[0], grads[1][None]]),)
+)  # fmt: skip
 
 
 def layers_at_once(num_layers: int, unroll: int) -> int:

@@ -40,8 +40,8 @@ def make_optimizer(config: TrainConfig, rows: Sequence[int] = ()) -> Optimizer:
     Source: huggingface/peft:src/peft/tuners/trainable_tokens (rows alone).
     """
     parts = [_only_rows(rows)] if rows else []
-    parts += [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    parts.append(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps))
+    parts += [_clip(config.clip_norm)] if config.clip_norm else []
+    parts.append(_adam(config.b1, config.b2, config.eps))
     if config.weight_decay:
         parts.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
     if rows and config.weight_decay:
@@ -54,6 +54,39 @@ def make_optimizer(config: TrainConfig, rows: Sequence[int] = ()) -> Optimizer:
         return jax.tree.map(lambda x: x.astype(config.moment_dtype) if x.dtype == jnp.float32 else x, state)
 
     return Optimizer(init, chain.update, config.param_dtype)
+
+
+def _clip(max_norm: float) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm`, by one factor for all arrays.
+
+    Optax selects between each array and the scaled one, with a division for each number, which a CPU's compiler does in
+    passes of their own.
+    """
+
+    def update(updates, params):
+        factor = jnp.minimum(1.0, max_norm / optax.global_norm(updates))
+        return jax.tree.map(lambda g: g * factor, updates)
+
+    return optax.stateless(update)
+
+
+def _adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """`optax.scale_by_adam`, which divides each number by the two corrections; here they are factors.
+
+    A pass over parameter, gradient and moments then has one division and one root, and is bound by memory alone.
+    """
+    reference = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+
+    def update(updates, state, params=None):
+        count = optax.safe_increment(state.count)
+        mu = jax.tree.map(lambda g, m: (1 - b1) * g + b1 * m, updates, state.mu)
+        nu = jax.tree.map(lambda g, v: (1 - b2) * jnp.square(g) + b2 * v, updates, state.nu)
+        # 1 - b**count, without the digits that its difference from 1 would cost.
+        first, second = (-1 / jnp.expm1(count * math.log(b)) if b else 1.0 for b in (b1, b2))
+        ascent = jax.tree.map(lambda m, v: (m * first) / (jnp.sqrt(v * second) + eps), mu, nu)
+        return ascent, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
+
+    return optax.GradientTransformation(reference.init, update)
 
 
 def _only_rows(rows: Sequence[int]) -> optax.GradientTransformation:

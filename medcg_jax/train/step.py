@@ -70,7 +70,9 @@ def train_step(
     params, opt_state = widen((state.params, state.opt_state))
     (total, weight), grads = _accumulate(grad_fn, params, batch, accumulation_steps)
     # Encoding refuses records without a supervised token; a batch of padding must not divide by 0.
-    grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1.0), grads)
+    # A factor, not a division of every number: it goes into the passes of whatever reads the gradients.
+    share = 1.0 / jnp.maximum(weight, 1.0)
+    grads = jax.tree.map(lambda g: g * share, grads)
     if param_specs is not None:
         grads = jax.tree.map(jax.lax.with_sharding_constraint, grads, param_specs)
     rate = learning_rate(state.step, hparams)

@@ -128,7 +128,16 @@ def test_wrong_flags_of_the_module_are_one_line(tmp_path, flag, capsys):
     [
         (["--stages=train,evel"], "stages=evel: expected some of train, eval, generate, loader, convert, startup"),
         (["--against=tensorflow"], "invalid choice: 'tensorflow'"),
-        (["--against=torch", "--config.model.name=qwen2_vl_tiny"], "model.name=qwen2_vl_tiny: expected a LLaVA"),
+        (["--stages=torch", "--config.model.name=qwen2_vl_tiny"], "model.name=qwen2_vl_tiny: expected a LLaVA"),
+        (
+            [
+                "--against=torch",
+                "--config.model.lora_rank=4",
+                "--config.model.base_dtype=nf4",
+                "--config.model.trainable=('projector','lora')",
+            ],
+            "model.base_dtype=nf4: PyTorch's frozen weights are float32",
+        ),
         (["--against=torch", "--stages=loader"], "train, eval or generate is needed"),
         (["--stages=train", "--config.train.batch_size=12"], "cannot be split over data x fsdp = 8"),
     ],

@@ -154,3 +154,28 @@ def test_what_cannot_be_done_is_said():
         attention(x, x, x, causal=True, implementation="cudnn")
     with pytest.raises(ValueError, match="cannot decode into a cache"):
         attention(x[:, :1], x, x, causal=True, q_offset=3, implementation="splash")
+
+
+@pytest.mark.parametrize("length", [127, 128, 190, 300])
+def test_causal_queries_in_blocks_see_what_they_saw(length, monkeypatch):
+    """Values and gradients, with padding at either side; 127 queries are one block, 128 two, 300 four."""
+    q, k, v, g = random(2, length, 4, 4), random(2, length, 2, 4), random(2, length, 2, 4), random(2, length, 4, 4)
+    segments = jnp.ones((2, length), jnp.int32).at[0, -9:].set(0).at[1, :70].set(0)
+    g = jnp.where((segments != 0)[..., None, None], g, 0)
+
+    def run(q, k, v):
+        out = attention(q, k, v, causal=True, segment_ids=segments, implementation="plain")
+        return (out * g).sum(), out
+
+    def results():
+        grads, out = jax.grad(run, (0, 1, 2), has_aux=True)(q, k, v)
+        return [np.asarray(x) for x in (*grads, jnp.where((segments != 0)[..., None, None], out, 0))]
+
+    calls, real = [], attention_lib.masked_attention
+    with monkeypatch.context() as patch:
+        patch.setattr(attention_lib, "masked_attention", lambda *a: calls.append(a[0].shape[1]) or real(*a))
+        found = results()
+    assert len(calls) == {127: 1, 128: 2, 190: 2, 300: 4}[length] and sum(calls) == length
+    monkeypatch.setattr(attention_lib, "CAUSAL_BLOCKS", 1)
+    for ours, whole in zip(found, results(), strict=True):
+        np.testing.assert_allclose(ours, whole, atol=2e-5)

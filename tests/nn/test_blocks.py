@@ -66,3 +66,17 @@ def test_without_a_mesh_nothing_is_constrained():
     assert context.current_mesh() is None
     assert context.constrain(x, "act_batch", None) is x
     assert context.platform() == jax.default_backend()
+
+
+def test_a_split_stack_has_the_gradient_of_two_slices():
+    rng = np.random.default_rng(0)
+    w, a, b = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((3, 4, 2), (2, 4, 2), (4, 2)))
+
+    def loss(w, split):
+        first, last = split(w)
+        return (first * a).sum() + (jnp.sin(last) * b).sum()
+
+    ours, slices = (jax.grad(loss)(w, split) for split in (blocks.split_last, lambda w: (w[:-1], w[-1])))
+    assert (ours == slices).all()
+    numbers = jnp.arange(6, dtype=jnp.int8).reshape(3, 2)
+    assert [x.tolist() for x in blocks.split_last(numbers)] == [[[0, 1], [2, 3]], [4, 5]]

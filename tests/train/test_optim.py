@@ -157,3 +157,24 @@ def test_control():
     }  # fmt: skip
     stacked = stack_hparams([hparams, hparams_from(TrainConfig(steps=9), 1)])
     assert stacked["total_steps"].tolist() == [100, 9] and stacked["total_steps"].dtype == np.int32
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, np.nan])
+def test_clip_and_adam_are_optaxs(scale):
+    """Below the limit, above it, for no gradient at all, and for one that is not a number."""
+    config = TrainConfig(steps=40, weight_decay=0.0, clip_norm=1.0)
+    params, grads = params_and_grads()
+    grads = [jax.tree.map(lambda g: g * scale, grad) for grad in grads]
+    reference = optax.chain(
+        optax.clip_by_global_norm(config.clip_norm), optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    )
+    optimizer = make_optimizer(config)
+    state, expected_state = optimizer.init(params), reference.init(params)
+    assert jax.tree.structure(state) == jax.tree.structure(expected_state)  # of a checkpoint
+    for grad in grads:
+        found, state = optimizer.update(grad, state, params)
+        expected, expected_state = reference.update(grad, expected_state, params)
+        # In float32 optax's 1 - b2**count has an error of up to 6e-5.
+        for ours, theirs, within in ((found, expected, 5e-5), (state, expected_state, 2e-6)):
+            for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+                np.testing.assert_allclose(x, y, rtol=within, atol=1e-7)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from medcg_jax.families.clip import ClipUnused, ClipVisionConfig
-from medcg_jax.families.common import FamilyConfig, VisionLanguageModel, tiny
+from medcg_jax.families.common import FamilyConfig, VisionLanguageModel, bench, tiny
 from medcg_jax.families.decoder import DecoderConfig
 from medcg_jax.nn.layers import ACTIVATIONS, Dense, gelu
 
@@ -49,16 +49,9 @@ def llava15_tiny(vocab_size: int, image_token_id: int, **fields) -> LlavaConfig:
 
 
 def llava15_bench(vocab_size: int, image_token_id: int, **fields) -> LlavaConfig:
-    """A size that two CPU cores train in half a second a step, for comparisons of speed.
-
-    The vocabulary has 4,096 rows at least. `fields` are LlavaConfig's own.
-    """
-    vision = ClipVisionConfig(image_size_px=64, patch_size_px=8, num_layers=5, embed_dim=128, num_heads=4, mlp_dim=512)
-    text = DecoderConfig(
-        vocab_size=max(vocab_size, 4096), num_layers=6, embed_dim=256, num_heads=8, num_kv_heads=8, head_dim=32,
-        mlp_dim=688, max_positions=512,
-    )  # fmt: skip
-    return LlavaConfig(**{"vision": vision, "text": text, "image_token_id": image_token_id, **fields})
+    """As `common.bench`: 64 tokens an image."""
+    vision = {"image_size_px": 64, "num_layers": 5}
+    return bench(LlavaConfig, vocab_size, image_token_id, vision=vision, text={}, **fields)
 
 
 class Projector(nnx.Module):

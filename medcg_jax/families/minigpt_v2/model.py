@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import jax
 
-from medcg_jax.families.common import FamilyConfig, VisionLanguageModel, tiny
+from medcg_jax.families.common import FamilyConfig, VisionLanguageModel, bench, tiny
 from medcg_jax.families.decoder import DecoderConfig
 from medcg_jax.families.minigpt_v2.eva import EvaConfig, EvaVision
 from medcg_jax.nn.layers import Dense
@@ -63,6 +63,13 @@ def minigpt_v2_tiny(
     """As `common.tiny`."""
     fields = {"lora": LoraConfig(lora_rank, lora_alpha), "patch_size_px": patch_size_px, **fields}
     return tiny(MiniGPTv2Config, vocab_size, image_token_id, **fields)
+
+
+def minigpt_v2_bench(vocab_size: int, image_token_id: int, **fields) -> MiniGPTv2Config:
+    """As `common.bench`: 256 patches, which are 64 tokens; adapters of rank 16."""
+    fields = {"lora": LoraConfig(16), **fields}
+    vision = {"image_size_px": 128, "num_layers": 4}
+    return bench(MiniGPTv2Config, vocab_size, image_token_id, vision=vision, text={}, **fields)
 
 
 class MiniGPTv2(VisionLanguageModel):

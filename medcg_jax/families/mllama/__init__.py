@@ -7,7 +7,7 @@ FAMILY = Family(
     package=__name__,
     config="MllamaConfig",
     module="Mllama",
-    tiny=("llama32_vision_tiny",),
+    tiny=("llama32_vision_tiny", "llama32_vision_bench"),
     released={
         "llama32_vision_11b": "meta-llama/Llama-3.2-11B-Vision-Instruct",
         "llama32_vision_90b": "meta-llama/Llama-3.2-90B-Vision-Instruct",

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from medcg_jax.families.common import FamilyConfig, VisionLanguageModel, cells_of, check_shapes, tiny
+from medcg_jax.families.common import FamilyConfig, VisionLanguageModel, bench, cells_of, check_shapes, tiny
 from medcg_jax.families.mllama.text import EXTRA_ROWS, MllamaAdapters, MllamaDecoder, MllamaTextConfig, images_in_view
 from medcg_jax.families.mllama.vit import NUM_TILES, MllamaVision, MllamaVisionConfig
 from medcg_jax.nn.attention import take_positions
@@ -83,6 +83,14 @@ def llama32_vision_tiny(
         "text": {"cross_layers": cross_layers, "rope_scaling": rope_scaling}, **fields,
     }  # fmt: skip
     return tiny(MllamaConfig, vocab_size, image_token_id, **fields)
+
+
+def llama32_vision_bench(vocab_size: int, image_token_id: int, **fields) -> MllamaConfig:
+    """As `common.bench`: four tiles of 64 patches, and two groups of four layers with one of cross-attention each."""
+    vision = {"image_size_px": 64, "num_layers": 4, "num_global_layers": 1, "intermediate_layers": (1, 2, 3)}
+    # transformers warns of fewer positions than those that `rope_scaling` is made for.
+    text = {"num_layers": 8, "cross_layers": (3, 7), "num_kv_heads": 2, "max_positions": 16384}
+    return bench(MllamaConfig, vocab_size, image_token_id, vision=vision, text=text, **fields)
 
 
 class Mllama(VisionLanguageModel):

@@ -8,7 +8,7 @@ FAMILY = Family(
     config="NextChatConfig",
     module="NextChat",
     # The second has a small SAM, for masks.
-    tiny=("next_chat_tiny", "next_chat_tiny_sam"),
+    tiny=("next_chat_tiny", "next_chat_tiny_sam", "next_chat_bench"),
     released={"next_chat_7b_336": ""},
     tokenizer="next_chat",
     tokens={"image_token_id": "<im_patch>", "at_token_id": "<at>", "box_token_id": "<boxes>"},

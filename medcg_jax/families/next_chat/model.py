@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from medcg_jax.families.clip import ClipUnused, ClipVisionConfig
-from medcg_jax.families.common import FamilyConfig, VisionLanguageModel, check_shapes, tiny
+from medcg_jax.families.common import FamilyConfig, VisionLanguageModel, bench, check_shapes, tiny
 from medcg_jax.families.decoder import DecoderConfig
 from medcg_jax.families.llava.model import Projector
 from medcg_jax.families.merge import merge_images
@@ -58,6 +58,13 @@ def next_chat_tiny(vocab_size: int, image_token_id: int, *, sam: SamConfig | Non
 
 def next_chat_tiny_sam(vocab_size: int, image_token_id: int, **fields) -> NextChatConfig:
     return next_chat_tiny(vocab_size, image_token_id, sam=sam_tiny(), **fields)
+
+
+def next_chat_bench(vocab_size: int, image_token_id: int, **fields) -> NextChatConfig:
+    """As `common.bench`: 64 tokens an image, boxes and no masks."""
+    fields = {"sam": None, **fields}
+    vision = {"image_size_px": 64, "num_layers": 5}
+    return bench(NextChatConfig, vocab_size, image_token_id, vision=vision, text={}, **fields)
 
 
 class Boxes(nnx.Module):

@@ -7,7 +7,7 @@ FAMILY = Family(
     package=__name__,
     config="Qwen2VLConfig",
     module="Qwen2VL",
-    tiny=("qwen2_vl_tiny",),
+    tiny=("qwen2_vl_tiny", "qwen2_vl_bench"),
     released={
         "qwen2_vl_2b": "Qwen/Qwen2-VL-2B-Instruct",
         "qwen2_vl_7b": "Qwen/Qwen2-VL-7B-Instruct",

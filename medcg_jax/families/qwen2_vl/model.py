@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from medcg_jax.families.common import FamilyConfig, VisionLanguageModel, cells_of, tiny
+from medcg_jax.families.common import FamilyConfig, VisionLanguageModel, bench, cells_of, tiny
 from medcg_jax.families.decoder import DecoderConfig
 from medcg_jax.families.qwen2_vl.vit import Qwen2Vit, Qwen2VitConfig
 from medcg_jax.nn.layers import Dense, LayerNorm, gelu
@@ -105,6 +105,13 @@ def qwen2_vl_tiny(
         "vision": {"rope_theta": 100.0}, "text": {"tie_head": tie_head}, "num_kv_heads": num_kv_heads, **fields,
     }  # fmt: skip
     return tiny(Qwen2VLConfig, vocab_size, image_token_id, **fields)
+
+
+def qwen2_vl_bench(vocab_size: int, image_token_id: int, **fields) -> Qwen2VLConfig:
+    """As `common.bench`: square images have 64 tokens of four patches each."""
+    fields = {"mrope_sections": (4, 6, 6), "min_pixels": 128 * 128, "max_pixels": 128 * 128, **fields}
+    vision, text = {"num_layers": 4}, {"num_kv_heads": 2}
+    return bench(Qwen2VLConfig, vocab_size, image_token_id, vision=vision, text=text, **fields)
 
 
 class Merger(nnx.Module):
