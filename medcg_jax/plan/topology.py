@@ -36,6 +36,8 @@ TPU_COUNTABLE = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 100_000_000}
 GPU_WITHOUT_DEVICE = {
     flag.name: flag.value == "true" for flag in FLAGS if flag.platform == "cuda" and not flag.deterministic
 } | {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
+# A run's own that decide how much memory its programs take.
+CPU_OPTIONS = {flag.name: flag.value for flag in FLAGS if flag.name == "xla_disable_hlo_passes"}
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ def compiler_options(device: jax.Device, countable: bool = True) -> dict:
     Call it for each program: a TPU's compiler writes the program's text into the new folder named here (`text_of`).
     """
     if device in jax.local_devices():
-        return {}
+        return CPU_OPTIONS if device.platform == "cpu" else {}
     kind = device.device_kind
     if kind.startswith("TPU"):
         folder = tempfile.mkdtemp(dir=_dumps().name)

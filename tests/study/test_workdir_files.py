@@ -121,7 +121,7 @@ def test_a_grid_goes_on_with_other_values_of_what_changes_no_result(tmp_path):
     others = {
         "name": "other", "mesh.cell": 2, "mesh.data": 4, "mesh.fsdp": 2, "mesh.tensor": 2, "model.attention": "plain",
         "model.remat": "full", "model.scan_unroll": 1, "study.jobs": 3, "study.base_dir": "/b", "study.cells_at_once": 4,
-        "log.tensorboard": False, "log.wandb": "w", "log.profile_steps": "1:2",
+        "log.tensorboard": False, "log.wandb": "w", "log.profile_steps": "1:2", "eval.features_gib": 0.5,
     } | {f"{part}.{name}": 7 for part in ("base", "train")
          for name in ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "keep_every_steps")}  # fmt: skip
     assert free_fields() == set(others)
