@@ -347,14 +347,14 @@ def test_a_batch_has_the_pipeline_s_shapes_and_supervises_real_tokens():
 def test_the_reference_s_step_trains_what_the_port_s_does():
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    from medcg_jax.bench.pytorch import Reference, hf_inputs
+    from medcg_jax.bench.pytorch import Reference, training_inputs
     from medcg_jax.families.build import abstract, num_params, split_trainable
 
     batch = steps.example_batch(CONFIG, batch_size=4, text_tokens=(12, 24), num_targets=4)
     reference = Reference(CONFIG, batch, TrainConfig(learning_rate=1e-2), ModelConfig())
     trainable, _ = split_trainable(abstract(CONFIG)[1], ModelConfig().trainable)
     assert sum(weight.numel() for weight in reference.weights) == num_params(trainable)
-    assert (hf_inputs(CONFIG, batch)["labels"] != -100).sum() == 16
+    assert (training_inputs(CONFIG, batch)["labels"] != -100).sum() == 16
     before = reference.weights[0].detach().clone()
     reference.seconds(1)
     assert not torch.equal(before, reference.weights[0])
