@@ -96,8 +96,8 @@ def training_of(src: Path) -> Training:
             notes.append(f"`{file.name}` is older than these weights and is not among the results")
             continue
         try:
-            found = box_results_of(file) if file.parent.name == BOXES else results_of(file)
-            results |= {f"{file.parent.name}/{subset}": scores for subset, scores in found.items()}
+            by_subset = box_results_of(file) if file.parent.name == BOXES else results_of(file)
+            results |= {f"{file.parent.name}/{subset}": scores for subset, scores in by_subset.items()}
         except FileError:  # its message has a path of this machine
             notes.append(f"`{file.name}` cannot be read and is not among the results")
     return Training(config, cell, results, tuple(notes))
@@ -126,13 +126,13 @@ def box_results_of(file: Path) -> dict[str, dict]:
     by_subset: dict[str, list[boxes.BoxAnswer]] = {}
     for answer in boxes.read_answers(file):
         by_subset.setdefault(answer.subset, []).append(answer)
-    found = {}
+    results = {}
     for subset, answers in by_subset.items():
         scores = boxes.summary(answers)
         low, high = scores["accuracy_low"], scores["accuracy_high"]
         named = {"ci_low": low, "ci_high": high, "chance": scores["by_chance"]}
-        found[subset] = {"n": scores["n"], "accuracy": scores["accuracy"]} | named
-    return found
+        results[subset] = {"n": scores["n"], "accuracy": scores["accuracy"]} | named
+    return results
 
 
 def model_card(checkpoint: Checkpoint, training: Training, to: str) -> str:
@@ -257,13 +257,13 @@ def licence_lines(base: str, training: Training) -> list[str]:
 
 
 def use_lines(family: registry.Family, base: str, to: str) -> list[str]:
-    made = f"Written by `medcg convert --to={to}` of medcg-jax {version('medcg-jax')}."
+    origin = f"Written by `medcg convert --to={to}` of medcg-jax {version('medcg-jax')}."
     if family.name in ORIGINAL and to == "hf":
         return [
-            made,
+            origin,
             "",
             f"transformers has no such model; the original code reads this folder: {ORIGINAL[family.name]} on GitHub.",
         ]
     if family.name in ORIGINAL:
-        return [made, "", f"The adapters belong to the Llama in the model of {ORIGINAL[family.name]} (GitHub)."]
-    return [made, "", HOW[to].replace("BASE", base.partition("@")[0] or "the start checkpoint").rstrip()]
+        return [origin, "", f"The adapters belong to the Llama in the model of {ORIGINAL[family.name]} (GitHub)."]
+    return [origin, "", HOW[to].replace("BASE", base.partition("@")[0] or "the start checkpoint").rstrip()]

@@ -86,8 +86,8 @@ def stated_architecture(model, fields: dict[str, Any]) -> Config:
     directory = resolve(model.checkpoint, weights=False)
     config = read_config(directory)
     check_family(directory, model.name, config.family)
-    own = config.lora if "lora" in registry.of(config).parts else None
-    return dataclasses.replace(config, **({"lora": own, "base": Base()} | fields))
+    adapters = config.lora if "lora" in registry.of(config).parts else None
+    return dataclasses.replace(config, **({"lora": adapters, "base": Base()} | fields))
 
 
 def with_vocabulary(config: Config, vocab_size: int | None) -> Config:

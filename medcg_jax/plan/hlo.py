@@ -264,8 +264,8 @@ def identity(op: Instruction) -> tuple[str, ...]:
     libtpu's combiner gives every collective channel 1. The layout is not shared: a copy may lie in another memory
     ("S(1)").
     """
-    found = (re.search(pattern, op.text) for pattern in (r"\bchannel_id=(\d+)", r'chain_id="(\d+)"'))
-    return re.sub(r"\{[^}]*\}", "", op.shape), *(number[1] if number else "" for number in found)
+    numbers = (re.search(pattern, op.text) for pattern in (r"\bchannel_id=(\d+)", r'chain_id="(\d+)"'))
+    return re.sub(r"\{[^}]*\}", "", op.shape), *(number[1] if number else "" for number in numbers)
 
 
 def attention_in(text: str) -> str:

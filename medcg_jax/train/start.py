@@ -35,7 +35,7 @@ def with_checkpoint(run: RunConfig) -> RunConfig:
     Raises:
       ConfigError, RunError: as `hub.resolve`; or the checkpoint is of no family, or of one that the run does not fit.
     """
-    flags = [flag for own in run.study.model_flags.values() for flag in own if flag.startswith(CHECKPOINT_FLAG)]
+    flags = [flag for flags in run.study.model_flags.values() for flag in flags if flag.startswith(CHECKPOINT_FLAG)]
     asked = dict.fromkeys([run.model.checkpoint, *(flag.removeprefix(CHECKPOINT_FLAG) for flag in flags)])
     names = [name for name in asked if is_repository(name)]
     if names:
@@ -43,7 +43,10 @@ def with_checkpoint(run: RunConfig) -> RunConfig:
         for name in commits.values():
             once_a_host(name, weights=False)
         in_place = {CHECKPOINT_FLAG + name: CHECKPOINT_FLAG + commit for name, commit in commits.items()}
-        of_models = {model: tuple(in_place.get(f, f) for f in own) for model, own in run.study.model_flags.items()}
+        of_models = {
+            model: tuple(in_place.get(f, f) for f in flags_of_model)
+            for model, flags_of_model in run.study.model_flags.items()
+        }
         checkpoint = commits.get(run.model.checkpoint, run.model.checkpoint)
         run = replace(run, model__checkpoint=checkpoint, study__model_flags=of_models)
     if run.model.name == AUTO and not run.study.models:
