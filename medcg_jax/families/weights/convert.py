@@ -259,7 +259,7 @@ def load_checkpoint(
     `config.base` quantises on the devices, one layer at a time. Adapters that the checkpoint lacks are initialised from
     `seed`. Trained parts replace those of the checkpoint that they were trained on (in model.json, or `parts["base"]`).
     Vocabulary rows beyond those of `config` are dropped (llava-hf pads 32000 to 32064).
-    A host reads only the slices that its devices hold, and has at most one layer of one tensor beside them.
+    A host reads only the slices that its devices hold, and has at most two layers of one tensor beside them.
 
     Raises:
       WeightsError: no checkpoint, another architecture, or tensors missing, unused or misshapen.
@@ -270,10 +270,7 @@ def load_checkpoint(
     check_same(checkpoint.config, loaded, src)
     _, abstract = build.abstract(loaded, param_dtype=param_dtype)
     shardings = build.shardings(loaded, mesh)
-    if checkpoint.is_ours and not checkpoint.trained and config.base.dtype == "float32":
-        params = _restored(checkpoint, abstract, shardings, mesh, param_dtype)
-    else:
-        params = engine.put(checkpoint.leaves(), abstract, shardings)
+    params = engine.put(checkpoint.leaves(), abstract, shardings)
     if lacks_adapters:
         lora = build.create_adapters(config, mesh, seed=seed, param_dtype=param_dtype)
         params = build.join(params, nnx.State({"lora": lora}))
@@ -284,28 +281,6 @@ def without_new_adapters(config: Config, checkpoint: Checkpoint) -> Config:
     """`config` itself, or without adapters where the checkpoint has none: they are then initialised."""
     lacks_adapters = checkpoint.config.lora is None and config.lora is not None
     return dataclasses.replace(config, lora=None) if lacks_adapters else config
-
-
-def _restored(checkpoint: Checkpoint, abstract, shardings, mesh: Mesh, param_dtype):
-    """Params as Orbax restores them, all at once, which is faster than by `Leaf`s."""
-    import orbax.checkpoint as ocp
-
-    stored = dataclasses.replace(checkpoint.config, base=Base())
-    target = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        build.abstract(stored, param_dtype=param_dtype)[1],
-        build.shardings(stored, mesh),
-    )
-    with ocp.StandardCheckpointer() as checkpointer:
-        restored = checkpointer.restore((checkpoint.src / PARAMS_DIR).absolute(), nnx.to_pure_dict(target))
-
-    def trim(value, leaf, where):
-        if value.shape == leaf.shape:
-            return value
-        return jax.jit(lambda x: x[tuple(map(slice, leaf.shape))], out_shardings=where)(value)
-
-    values = jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(restored))
-    return jax.tree.map(trim, values, abstract, shardings)
 
 
 def open_leaves(src: Path, *, parts: Mapping[str, Path] = NO_PARTS) -> dict:

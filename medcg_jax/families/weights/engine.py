@@ -5,7 +5,9 @@ one layer at a time.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from typing import Any
@@ -229,44 +231,108 @@ def load(table: list[Entry], abstract, shardings, tensors: Tensors, names: dict[
 def put(leaves, abstract, shardings):
     """Arrays in `shardings`, with the dtypes of `abstract`, from a tree of `Leaf`s.
 
-    A host reads only what its devices hold, so only the hosts that read a number notice that it is not finite.
+    A host reads only what its devices hold, so only the hosts that read a number notice that it is not finite. It holds
+    two layers at most beside its devices: the next one is read while one is put in place.
     Matrices are quantised on the devices, one layer at a time. Vocabulary rows beyond `abstract` are not read.
     """
-    by_leaf, by_sharding, arrays = by_path(leaves), by_path(shardings), []
-    for path, target in by_path(abstract).items():
-        leaf, sharding = by_leaf[path], by_sharding[path]
-        if leaf.stacked or is_quantized(target):
-            array = jax.tree.map(lambda like, where: _zeros(like.shape, like.dtype, where), target, sharding)
-            for layer in range(target.shape[0]):
-                array = _with_layer(array, target, sharding, leaf, layer)
-                # Wait, because the host holds slices until they are on a device.
-                jax.block_until_ready(array)
-        else:
-            array = jax.block_until_ready(_put(leaf, None, target.shape, target.dtype, sharding))
-        arrays.append(array)
-    return jax.tree.unflatten(jax.tree.structure(abstract, is_leaf=is_quantized), arrays)
-
-
-def _put(leaf: Leaf, layer: int | None, shape: Shape, dtype, sharding) -> jax.Array:
-    """A leaf or a layer of one, in its sharding. Adjacent slices are read as one, equal slices once."""
-    slices = _local_slices(sharding, tuple(shape))
-    hull = tuple((min(start for start, _ in axis), max(stop for _, stop in axis)) for axis in zip(*slices, strict=True))
-    blocks = {hull} if _size(hull) == sum(map(_size, slices)) else slices
+    by_leaf, by_sharding, by_target = by_path(leaves), by_path(shardings), by_path(abstract)
     arrays = {
-        spans: leaf.read(layer, tuple(slice(*span) for span in spans)).astype(dtype, copy=False) for spans in blocks
+        path: jax.tree.map(lambda like, where: _zeros(like.shape, like.dtype, where), target, by_sharding[path])
+        for path, target in by_target.items()
+        if by_leaf[path].stacked or is_quantized(target)
     }
+    pieces = [
+        _Piece(
+            path, by_leaf[path], layer, target, _of_layer(by_sharding[path]) if path in arrays else by_sharding[path]
+        )
+        for path, target in by_target.items()
+        for layer in (range(target.shape[0]) if path in arrays else (None,))
+    ]
+    reads = _ahead(_Piece.read, pieces)
+    for piece in pieces:
+        array = piece.placed(next(reads))
+        if piece.layer is not None:
+            array = _with_layer(arrays[piece.path], array, by_sharding[piece.path], piece.layer)
+        # Wait, because the host holds slices until they are on a device.
+        arrays[piece.path] = jax.block_until_ready(array)
+    in_order = [arrays[path] for path in by_target]
+    return jax.tree.unflatten(jax.tree.structure(abstract, is_leaf=is_quantized), in_order)
 
-    def cut(index: Any) -> np.ndarray:
-        spans = spans_of(index, shape)
-        for block, array in arrays.items():
-            inside = zip(block, spans, strict=True)
-            if all(first <= start and stop <= last for (first, last), (start, stop) in inside):
-                return array[
-                    tuple(slice(start - first, stop - first) for (first, _), (start, stop) in zip(block, spans))
-                ]
-        raise AssertionError(f"{spans} is no slice of this host")
 
-    return jax.make_array_from_callback(tuple(shape), sharding, cut)
+# Slices of an array by their (start, stop) of every axis.
+Blocks = dict[tuple[tuple[int, int], ...], np.ndarray]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A parameter, or a layer of one, that is read and put at once. target: the whole parameter; sharding: the piece's."""
+
+    path: tuple[str, ...]
+    leaf: Leaf
+    layer: int | None
+    target: Any
+    sharding: Any
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.target.shape if self.layer is None else self.target.shape[1:])
+
+    @property
+    def read_as(self) -> tuple[Any, np.dtype]:
+        """Sharding and dtype of what is read: a matrix that is quantised on the devices comes there in float32."""
+        if is_quantized(self.target):
+            return self.sharding.qvalue, np.dtype(np.float32)
+        return self.sharding, self.target.dtype
+
+    def read(self) -> Blocks:
+        """The slices of this host's devices. Adjacent slices are read as one, equal slices once."""
+        sharding, dtype = self.read_as
+        slices = _local_slices(sharding, self.shape)
+        hull = tuple(
+            (min(start for start, _ in axis), max(stop for _, stop in axis)) for axis in zip(*slices, strict=True)
+        )
+        whole = {hull} if _size(hull) == sum(map(_size, slices)) else slices
+        return {
+            spans: self.leaf.read(self.layer, tuple(slice(*span) for span in spans)).astype(dtype, copy=False)
+            for spans in whole
+        }
+
+    def placed(self, blocks: Blocks):
+        """The array, or `QArray`, of what `read` gave."""
+
+        def cut(index: Any) -> np.ndarray:
+            spans = spans_of(index, self.shape)
+            for block, array in blocks.items():
+                inside = zip(block, spans, strict=True)
+                if all(first <= start and stop <= last for (first, last), (start, stop) in inside):
+                    return array[
+                        tuple(slice(start - first, stop - first) for (first, _), (start, stop) in zip(block, spans))
+                    ]
+            raise AssertionError(f"{spans} is no slice of this host")
+
+        array = jax.make_array_from_callback(self.shape, self.read_as[0], cut)
+        if not is_quantized(self.target):
+            return array
+        where = self.sharding
+        qvalue, scale = _quantizer(where.qvalue, where.scale, self.target.qtype)(array)
+        return replace(where, qvalue=qvalue, scale=scale)
+
+
+def _ahead(call: Callable[[Any], Any], arguments: list) -> Iterator[Any]:
+    """`map(call, arguments)`, where each call runs in a thread beside the use of the result before it."""
+    with ThreadPoolExecutor(1) as thread:
+        calls: deque[Future] = deque()
+        for argument in arguments:
+            calls.append(thread.submit(call, argument))
+            if len(calls) > 1:
+                yield calls.popleft().result()
+        while calls:
+            yield calls.popleft().result()
+
+
+def _of_layer(sharding):
+    """The sharding of one layer of a stack in `sharding`."""
+    return jax.tree.map(lambda where: NamedSharding(where.mesh, PartitionSpec(*where.spec[1:])), sharding)
 
 
 def _local_slices(sharding, shape: Shape) -> set[tuple[tuple[int, int], ...]]:
@@ -278,15 +344,8 @@ def _size(spans: tuple[tuple[int, int], ...]) -> int:
     return math.prod(stop - start for start, stop in spans)
 
 
-def _with_layer(stack, target, sharding, leaf: Leaf, layer: int):
-    """`stack` (donated; an array or a `QArray`) with layer `layer` of `leaf` written into it."""
-    inner = jax.tree.map(lambda where: NamedSharding(where.mesh, PartitionSpec(*where.spec[1:])), sharding)
-    if is_quantized(target):
-        matrix = _put(leaf, layer, target.shape[1:], np.float32, inner.qvalue)
-        qvalue, scale = _quantizer(inner.qvalue, inner.scale, target.qtype)(matrix)
-        value = replace(inner, qvalue=qvalue, scale=scale)
-    else:
-        value = _put(leaf, layer, target.shape[1:], target.dtype, inner)
+def _with_layer(stack, value, sharding, layer: int):
+    """`stack` (donated; an array or a `QArray`) with `value` written into its layer `layer`."""
     return jax.tree.map(lambda whole, new, where: _set_layer(where)(whole, new, layer), stack, value, sharding)
 
 
@@ -306,8 +365,11 @@ def _quantizer(qvalue, scale, dtype: str):
 
 @lru_cache(maxsize=256)
 def _set_layer(sharding):
-    # Donated, so that the stack is filled in place and never held twice.
-    return jax.jit(lambda stack, value, i: stack.at[i].set(value), donate_argnums=0, out_shardings=sharding)
+    # Donated and updated as a slice, so that the stack is filled in place: `.at[i].set` is a scatter, which copies it.
+    def run(stack, value, i):
+        return jax.lax.dynamic_update_index_in_dim(stack, value, i, 0)
+
+    return jax.jit(run, donate_argnums=0, out_shardings=sharding)
 
 
 def store(table: list[Entry], params) -> tuple[dict[str, tuple[Shape, np.dtype]], Iterator[tuple[str, np.ndarray]]]:
