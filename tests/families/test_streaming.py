@@ -111,7 +111,7 @@ def test_a_layer_is_written_into_its_stack_in_place():
     mesh = make_mesh(MeshConfig(data=1, fsdp=2), jax.devices()[:2])
     where = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
     stack = jax.ShapeDtypeStruct((12, 256, 64), "bfloat16", sharding=where)
-    layer = jax.ShapeDtypeStruct((256, 64), "bfloat16", sharding=engine._of_layer(where))
+    layer = jax.ShapeDtypeStruct((256, 64), "bfloat16", sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
     one_layer = 256 * 64 * stack.dtype.itemsize
 
     def scratch(program) -> int:

@@ -236,27 +236,20 @@ def put(leaves, abstract, shardings):
     Matrices are quantised on the devices, one layer at a time. Vocabulary rows beyond `abstract` are not read.
     """
     by_leaf, by_sharding, by_target = by_path(leaves), by_path(shardings), by_path(abstract)
-    arrays = {
-        path: jax.tree.map(lambda like, where: _zeros(like.shape, like.dtype, where), target, by_sharding[path])
-        for path, target in by_target.items()
-        if by_leaf[path].stacked or is_quantized(target)
-    }
-    pieces = [
-        _Piece(
-            path, by_leaf[path], layer, target, _of_layer(by_sharding[path]) if path in arrays else by_sharding[path]
-        )
-        for path, target in by_target.items()
-        for layer in (range(target.shape[0]) if path in arrays else (None,))
-    ]
-    reads = _ahead(_Piece.read, pieces)
-    for piece in pieces:
-        array = piece.placed(next(reads))
-        if piece.layer is not None:
-            array = _with_layer(arrays[piece.path], array, by_sharding[piece.path], piece.layer)
-        # Wait, because the host holds slices until they are on a device.
-        arrays[piece.path] = jax.block_until_ready(array)
-    in_order = [arrays[path] for path in by_target]
-    return jax.tree.unflatten(jax.tree.structure(abstract, is_leaf=is_quantized), in_order)
+    pieces = {path: _pieces_of(by_leaf[path], target, by_sharding[path]) for path, target in by_target.items()}
+    reads, arrays = _ahead(_Piece.read, [piece for of_leaf in pieces.values() for piece in of_leaf]), []
+    for path, target in by_target.items():
+        placed, sharding = (piece.placed(next(reads)) for piece in pieces[path]), by_sharding[path]
+        if is_quantized(target):
+            arrays.append(_stacked(list(placed), sharding))
+        elif by_leaf[path].stacked:
+            stack = _zeros(target.shape, target.dtype, sharding)
+            for layer, array in enumerate(placed):
+                stack = jax.block_until_ready(_set_layer(sharding)(stack, array, layer))
+            arrays.append(stack)
+        else:
+            arrays.extend(placed)
+    return jax.tree.unflatten(jax.tree.structure(abstract, is_leaf=is_quantized), arrays)
 
 
 # Slices of an array by their (start, stop) of every axis.
@@ -267,7 +260,6 @@ Blocks = dict[tuple[tuple[int, int], ...], np.ndarray]
 class _Piece:
     """A parameter, or a layer of one, that is read and put at once. target: the whole parameter; sharding: the piece's."""
 
-    path: tuple[str, ...]
     leaf: Leaf
     layer: int | None
     target: Any
@@ -310,12 +302,21 @@ class _Piece:
                     ]
             raise AssertionError(f"{spans} is no slice of this host")
 
-        array = jax.make_array_from_callback(self.shape, self.read_as[0], cut)
+        # Wait, because the host holds slices until they are on a device.
+        array = jax.block_until_ready(jax.make_array_from_callback(self.shape, self.read_as[0], cut))
         if not is_quantized(self.target):
             return array
         where = self.sharding
         qvalue, scale = _quantizer(where.qvalue, where.scale, self.target.qtype)(array)
-        return replace(where, qvalue=qvalue, scale=scale)
+        return jax.block_until_ready(replace(where, qvalue=qvalue, scale=scale))
+
+
+def _pieces_of(leaf: Leaf, target, sharding) -> list[_Piece]:
+    """What is read of a parameter at once: its layers, one after another, or all of it."""
+    if not (leaf.stacked or is_quantized(target)):
+        return [_Piece(leaf, None, target, sharding)]
+    of_layer = jax.tree.map(lambda where: NamedSharding(where.mesh, PartitionSpec(*where.spec[1:])), sharding)
+    return [_Piece(leaf, layer, target, of_layer) for layer in range(target.shape[0])]
 
 
 def _ahead(call: Callable[[Any], Any], arguments: list) -> Iterator[Any]:
@@ -330,11 +331,6 @@ def _ahead(call: Callable[[Any], Any], arguments: list) -> Iterator[Any]:
             yield calls.popleft().result()
 
 
-def _of_layer(sharding):
-    """The sharding of one layer of a stack in `sharding`."""
-    return jax.tree.map(lambda where: NamedSharding(where.mesh, PartitionSpec(*where.spec[1:])), sharding)
-
-
 def _local_slices(sharding, shape: Shape) -> set[tuple[tuple[int, int], ...]]:
     """The slices on this host's devices, each as (start, stop) of every axis."""
     return {tuple(spans_of(index, shape)) for index in sharding.addressable_devices_indices_map(shape).values()}
@@ -344,9 +340,14 @@ def _size(spans: tuple[tuple[int, int], ...]) -> int:
     return math.prod(stop - start for start, stop in spans)
 
 
-def _with_layer(stack, value, sharding, layer: int):
-    """`stack` (donated; an array or a `QArray`) with `value` written into its layer `layer`."""
-    return jax.tree.map(lambda whole, new, where: _set_layer(where)(whole, new, layer), stack, value, sharding)
+def _stacked(layers: list, sharding):
+    """A quantised matrix of the layers in `layers`. They are kept until the last one is there: XLA's CPU would unpack all
+    of a stack of four bits to write one layer into it."""
+
+    def stack(where, *arrays):
+        return jax.block_until_ready(jax.jit(lambda *each: jnp.stack(each), out_shardings=where)(*arrays))
+
+    return jax.tree.map(stack, sharding, *layers)
 
 
 def _zeros(shape, dtype, sharding) -> jax.Array:
