@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import secrets
 import sys
@@ -155,7 +156,8 @@ def _rounded(value):
 
 
 class Progress:
-    """A progress bar on a terminal; elsewhere a plain line now and then, and one at the last step; each with the time left.
+    """A progress bar on a terminal; elsewhere a plain line at the first update, now and then, and at the last step; each with
+    the time left.
 
     total: steps. done: steps made before. label: what runs, for example "base" or "pairs-03".
     """
@@ -164,7 +166,7 @@ class Progress:
         self._stream = stream or sys.stderr
         self._total, self._done, self._label = total, done, label
         self._first, self._began = done, time.monotonic()
-        self._printed_at = self._began
+        self._printed_at = -math.inf
         self._bar = None
         if self._stream.isatty() and shows_progress():
             from tqdm import tqdm

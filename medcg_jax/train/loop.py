@@ -144,6 +144,8 @@ class Loop:
             run_state = program.start_run(self._params)
         if run_state is not None:
             self._state = program.put(self._state, slot, run_state)
+        # A run that goes on from a checkpoint was asked about other pixels when it began.
+        self._sees_images = self._sees_images or run.step > 0
         if not self._options.keep_start:
             jax.tree.map(lambda x: x.delete(), self._params)
 

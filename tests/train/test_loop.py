@@ -148,13 +148,32 @@ def test_streams_are_closed_whatever_happens():
     assert len(streams) == 1 and streams[0].closed
 
 
-def test_progress_says_the_last_step_in_a_plain_line():
+def test_progress_says_the_first_and_the_last_step_in_a_plain_line():
     stream = io.StringIO()
     progress = Progress(100, label="base", stream=stream)
+    progress.update(1, "loss 2")
     progress.update(50, "loss 1")
     progress.update(100, "loss 0.5")
     progress.close()
-    assert stream.getvalue() == "base: step 100/100, loss 0.5\n"
+    first, last = stream.getvalue().splitlines()
+    assert first.startswith("base: step 1/100, loss 2") and last == "base: step 100/100, loss 0.5"
+
+
+def test_a_run_is_asked_about_other_pixels_once_and_not_at_each_start(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("medcg_jax.train.loop.check_sees", lambda *args: asked.append(args) or True)
+    options = {"checkpoint_every_steps": 1, "log_every_steps": 1}
+    seeing = spec(tmp_path, steps=4, checkpoints=tmp_path / "c", pixels=("pixels",))
+
+    def interrupted(steps, text):
+        if steps["run"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(*TOY, seeing, progress=interrupted, **options)
+    assert len(asked) == 1
+    assert fit(*TOY, seeing, progress=quietly, **options)[1].step == 4
+    assert len(asked) == 1
 
 
 def test_metrics_after_a_kill_hold_each_step_once(tmp_path):
