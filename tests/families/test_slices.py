@@ -7,6 +7,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from releases import CONFIGS, random_release, same
 
 from medcg_jax.config import MeshConfig
@@ -79,58 +80,65 @@ def test_of_heads_that_devices_share_too_and_of_what_was_converted(releases, tmp
     same(on_one_device(placed), params)
 
 
-def bytes_read(src, config, monkeypatch, num_devices: int) -> tuple[int, int, dict[str, int]]:
-    """(bytes that a host with the first of eight devices reads, bytes of the slices that they hold, bytes by tensor)."""
-    mesh = make_mesh(FSDP)
+def test_on_a_mesh_in_another_sequence_than_the_hosts(releases):
+    """As on a TPU, whose meshes follow the chips' grid."""
+    src, params = releases("qwen2_vl")
+    mesh = make_mesh(MIXED)
+    turned = Mesh(mesh.devices[..., ::-1, ::-1], mesh.axis_names, axis_types=mesh.axis_types)
+    same(on_one_device(load_checkpoint(src, CONFIGS["qwen2_vl"], turned)[1]), params)
+
+
+def reads_of(src, config, monkeypatch, host: range) -> dict[str, list[tuple[int, int]]]:
+    """Tensor -> the (first, last) rows that a host with these of eight devices reads."""
+    mesh = make_mesh(MIXED)
     abstract, shardings = build.abstract(config)[1], build.shardings(config, mesh)
     family = module_of(config)
     tensors, names = family.open_release(src, json.loads((src / "config.json").read_text()), {})
-    count: dict[str, int] = {}
-    host = jax.devices()[:num_devices]
+    reads: dict[str, list[tuple[int, int]]] = {}
+    devices = [jax.devices()[number] for number in host]
 
     def read(name, index=()):
-        value = tensors.read(name, index)
-        count[name] = count.get(name, 0) + value.nbytes
-        return value
+        spans = tables.spans_of(index, tensors.shapes[name]) if index else [(0, 1)]
+        assert spans[1:] == [(0, size) for size in tensors.shapes[name][1:]], f"{name}: no whole rows"
+        reads.setdefault(name, []).append(spans[0] if spans else (0, 1))
+        return tensors.read(name, index)
 
-    def slices_of_host(sharding, shape):
+    def of_host(sharding, shape):
         by_device = sharding.addressable_devices_indices_map(shape)
-        return {tuple(tables.spans_of(by_device[device], shape)) for device in host}
+        return [by_device[device] for device in devices]
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_local_slices", slices_of_host)
-        # Nothing is put on devices.
-        patch.setattr(jax, "make_array_from_callback", lambda *_: 0)
-        patch.setattr(engine, "_zeros", lambda *_: 0)
-        patch.setattr(engine, "_set_layer", lambda _: lambda *_: 0)
+        patch.setattr(engine, "_local_indices", of_host)
         counted = Tensors(tensors.shapes, read, tensors.dtype, tensors.origin)
-        engine.load(family.table(config), abstract, shardings, counted, names, "here")
-    leaves = zip(jax.tree.leaves(abstract), jax.tree.leaves(shardings), strict=True)
-    slices = [slices_of_host(sharding, leaf.shape) for leaf, sharding in leaves]
-    held = sum(4 * math.prod(stop - start for start, stop in spans) for each in slices for spans in each)
-    return sum(count.values()), held, count
-
-
-# What lies in too many pieces, and is read whole.
-CUT = {"mllama": {"vision_model.gated_positional_embedding.tile_embedding.weight"}}
+        leaves = engine.by_path(engine.lazy(family.table(config), abstract, counted, names, "here"))
+        for path, where in engine.by_path(shardings).items():
+            for piece in engine._pieces_of(leaves[path], engine.by_path(abstract)[path], where):
+                piece.read()
+    return reads
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_a_host_with_two_of_eight_devices_reads_a_quarter_and_what_is_replicated(family, releases, monkeypatch):
+def test_four_hosts_read_a_release_once_in_runs_of_rows(family, releases, monkeypatch):
+    """What has fewer rows than devices, more than one of them."""
     src, config = releases(family)[0], CONFIGS[family]
-    sizes = {name: 4 * math.prod(shape) for name, shape in open_tensors(src).shapes.items()}
-    num_read, held, of_host = bytes_read(src, config, monkeypatch, 2)
-    cut = {name for name, count in of_host.items() if name in CUT.get(family, ()) and count == sizes[name]}
-    assert cut == CUT.get(family, set())
-    # Each other tensor is read in a quarter or, where all devices hold it (norms, biases, gates, positions), whole.
-    replicated = sum(size for name, size in sizes.items() if of_host[name] == size and name not in cut)
-    assert all(of_host[name] in (size, size / 4) for name, size in sizes.items() if name not in cut)
+    shapes = open_tensors(src).shapes
+    sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
+    hosts = [reads_of(src, config, monkeypatch, range(first, first + 2)) for first in range(0, 8, 2)]
+    num_read = 0
+    for name, shape in shapes.items():
+        rows = shape[0] if shape else 1
+        spans = [host.get(name, []) for host in hosts]
+        assert all(len(each) <= 1 for each in spans), "a tensor is read at once"
+        if rows % 8 == 0:
+            quarter = rows // 4
+            assert [each[0] for each in spans] == [(i * quarter, (i + 1) * quarter) for i in range(4)]
+        num_read += sum(last - first for each in spans for first, last in each) * (sizes[name] // rows)
     whole = sum(sizes.values())
-    assert replicated < 0.1 * whole
-    assert num_read == held + sum(0.75 * sizes[name] for name in cut)
-    assert held == replicated + (whole - replicated) / 4
-    print(f"{family}: {num_read:,} of {whole:,} bytes ({num_read / whole:.3f}); replicated {replicated:,}")
-    # Planted: tensors that are cut after they are read.
-    load = tables.Transform.load
-    monkeypatch.setattr(tables.Transform, "load", lambda self, read, shape, index: load(self, read, shape)[index])
-    assert bytes_read(src, config, monkeypatch, 2)[0] > 1.5 * num_read
+    print(f"{family}: {num_read:,} of {whole:,} bytes by four hosts ({num_read / whole:.3f})")
+    assert whole <= num_read < 1.1 * whole
+    # Planted: every host reads all rows.
+    monkeypatch.setattr(engine, "rows_over", lambda mesh, shape: (shape, NamedSharding(mesh, PartitionSpec())))
+    everything = reads_of(src, config, monkeypatch, range(2))
+    assert (
+        sum((last - first) * sizes[n] // (shapes[n] or (1,))[0] for n, [(first, last)] in everything.items()) == whole
+    )

@@ -4,22 +4,21 @@ Parameters go from files to devices, or to other files, as `Leaf`s: a host reads
 one layer at a time.
 """
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache, reduce
+from functools import lru_cache, partial, reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medcg_jax.families.weights.files import Tensors, WeightsError
-from medcg_jax.families.weights.tables import Entry, Index, Shape, spans_of
-from medcg_jax.nn.quant import dequantize, is_quantized, quantize
+from medcg_jax.families.weights.tables import Entry, Index, Reordered, Shape, spans_of
+from medcg_jax.nn.quant import QUANTIZED, dequantize, is_quantized, quantize
 
 # Prefixes of torch.compile, and of the wrappers DDP and peft, in a state dict.
 COMPILED, WRAPPERS = "_orig_mod.", ("module.", "base_model.model.")
@@ -139,16 +138,38 @@ def check_finite(value: np.ndarray, name: str) -> None:
 # ------------------------------------------------------------------ parameters that are not read yet
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A parameter, or a layer of one, as it lies in a file: rows, one after another.
+
+    read: a slice of the first axis -> those rows; () -> all.
+    ours: makes the whole stored array the parameter.
+    """
+
+    shape: Shape
+    read: Callable[[Index], np.ndarray]
+    ours: Reordered
+
+
 class Leaf:
     """A parameter that is not read yet: `leaf[i]` reads layer i of a stack, `np.asarray(leaf)` all of it.
 
     read: (layer, index) -> `whole[layer][index]`, or `whole[index]` for the layer None; index: slices of the leading
       axes.
     stacked: whether the leading axis counts layers.
+    stored: layer -> how it lies in its file; by default as `read` gives it.
     """
 
-    def __init__(self, shape: Shape, dtype, read: Callable[[int | None, Index], np.ndarray], *, stacked: bool = False):
+    def __init__(
+        self, shape: Shape, dtype, read: Callable[[int | None, Index], np.ndarray], *, stacked: bool = False,
+        stored: Callable[[int | None], Stored] | None = None,
+    ):  # fmt: skip
         self.shape, self.dtype, self.read, self.stacked = tuple(shape), np.dtype(dtype), read, stacked
+        self.stored = stored or self._as_read
+
+    def _as_read(self, layer: int | None) -> Stored:
+        shape = self.shape if layer is None else self.shape[1:]
+        return Stored(shape, partial(self.read, layer), Reordered(shape, tuple(range(len(shape))), shape))
 
     def __getitem__(self, layer: int) -> np.ndarray:
         return self.read(layer, ())
@@ -183,20 +204,25 @@ def lazy(table: list[Entry], abstract, tensors: Tensors, names: dict[str, str], 
             slot, name = by_layer[layer]
             return _read(slot, tensors, name, index).astype(dtype, copy=False)
 
-        return Leaf(like.shape, dtype, read, stacked=None not in by_layer)
+        def stored(layer: int | None) -> Stored:
+            slot, name = by_layer[layer]
+            return Stored(slot.released_shape, partial(_rows, tensors, name), slot.entry.transform.ours(slot.shape))
+
+        return Leaf(like.shape, dtype, read, stacked=None not in by_layer, stored=stored)
 
     return jax.tree_util.tree_map_with_path(leaf, abstract, is_leaf=is_quantized)
 
 
 def _read(slot: Slot, tensors: Tensors, name: str, index: Index) -> np.ndarray:
     """The slice `index` of our array of a released tensor; vocabulary rows beyond ours are not read."""
+    return slot.entry.transform.load(partial(_rows, tensors, name), slot.shape, index)
 
-    def read(released: Index) -> np.ndarray:
-        value = tensors.read(name, released)
-        check_finite(value, f"{tensors.origin(name)}: {name}")
-        return value
 
-    return slot.entry.transform.load(read, slot.shape, index)
+def _rows(tensors: Tensors, name: str, index: Index) -> np.ndarray:
+    """A slice of a released tensor, all of it finite."""
+    value = tensors.read(name, index)
+    check_finite(value, f"{tensors.origin(name)}: {name}")
+    return value
 
 
 def dequantized(q) -> Leaf:
@@ -231,9 +257,11 @@ def load(table: list[Entry], abstract, shardings, tensors: Tensors, names: dict[
 def put(leaves, abstract, shardings):
     """Arrays in `shardings`, with the dtypes of `abstract`, from a tree of `Leaf`s.
 
-    A host reads only what its devices hold, so only the hosts that read a number notice that it is not finite. It holds
-    two layers at most beside its devices: the next one is read while one is put in place.
-    Matrices are quantised on the devices, one layer at a time. Vocabulary rows beyond `abstract` are not read.
+    A host reads rows that lie one after another in a file, as many as its share of all devices, whatever its devices hold
+    in the end: the devices exchange them. So all hosts together read a release once, in runs that a file system likes,
+    where slices of columns would touch every page of it. Only the host that reads a number notices that it is not finite.
+    A host holds two layers' rows at most: the next ones are read while the others are put in place. Matrices are
+    quantised on the devices, one layer at a time. Vocabulary rows beyond `abstract` are cut there.
     """
     by_leaf, by_sharding, by_target = by_path(leaves), by_path(shardings), by_path(abstract)
     pieces = {path: _pieces_of(by_leaf[path], target, by_sharding[path]) for path, target in by_target.items()}
@@ -252,71 +280,87 @@ def put(leaves, abstract, shardings):
     return jax.tree.unflatten(jax.tree.structure(abstract, is_leaf=is_quantized), arrays)
 
 
-# Slices of an array by their (start, stop) of every axis.
-Blocks = dict[tuple[tuple[int, int], ...], np.ndarray]
-
-
 @dataclass(frozen=True)
 class _Piece:
-    """A parameter, or a layer of one, that is read and put at once. target: the whole parameter; sharding: the piece's."""
+    """A parameter, or a layer of one, that is read and put at once.
 
-    leaf: Leaf
+    dtype: of the files. target: the whole parameter; sharding: the piece's.
+    """
+
+    stored: Stored
+    dtype: np.dtype
     layer: int | None
     target: Any
     sharding: Any
 
     @property
-    def shape(self) -> Shape:
-        return tuple(self.target.shape if self.layer is None else self.target.shape[1:])
+    def mesh(self) -> Mesh:
+        return (self.sharding.qvalue if is_quantized(self.target) else self.sharding).mesh
 
-    @property
-    def read_as(self) -> tuple[Any, np.dtype]:
-        """Sharding and dtype of what is read: a matrix that is quantised on the devices comes there in float32."""
+    def read(self) -> np.ndarray:
+        """The rows of this host's devices, one after another; zeros after the last one."""
+        num_rows, *inner = self.stored.shape or (1,)
+        shape, where = rows_over(self.mesh, (num_rows, *inner))
+        spans = [spans_of(index, shape)[0] for index in _local_indices(where, shape)]
+        first, last = min(start for start, _ in spans), max(stop for _, stop in spans)
+        rows = np.zeros((last - first, *inner), self.dtype)
+        if first < num_rows:
+            end = min(last, num_rows)
+            rows[: end - first] = self.stored.read((slice(first, end),) if self.stored.shape else ())
+        return rows
+
+    def placed(self, rows: np.ndarray):
+        """The array, or `QArray`, of what `read` gave on every host."""
+        num_rows, *inner = self.stored.shape or (1,)
+        shape, where = rows_over(self.mesh, (num_rows, *inner))
+        first = min(spans_of(index, shape)[0][0] for index in _local_indices(where, shape))
+
+        def of_device(index: Any) -> np.ndarray:
+            start, stop = spans_of(index, shape)[0]
+            return rows[start - first : stop - first]
+
+        array = jax.make_array_from_callback(shape, where, of_device)
+        if (order := self.mesh.devices.reshape(where.mesh.devices.shape)).tolist() != where.mesh.devices.tolist():
+            array = jax.device_put(array, NamedSharding(Mesh(order, ROWS), where.spec))
+        to_shape = tuple(self.target.shape if self.layer is None else self.target.shape[1:])
         if is_quantized(self.target):
-            return self.sharding.qvalue, np.dtype(np.float32)
-        return self.sharding, self.target.dtype
+            of_both = self.sharding.qvalue, self.sharding.scale
+            program = _program(num_rows, self.stored.ours, to_shape, self.target.qtype, of_both)
+            array = replace(self.sharding, **dict(zip(("qvalue", "scale"), program(array), strict=True)))
+        else:
+            array = _program(num_rows, self.stored.ours, to_shape, self.target.dtype, self.sharding)(array)
+        # Wait, because the host holds its rows until they are on a device.
+        return jax.block_until_ready(array)
 
-    def read(self) -> Blocks:
-        """The slices of this host's devices. Adjacent slices are read as one, equal slices once."""
-        sharding, dtype = self.read_as
-        slices = _local_slices(sharding, self.shape)
-        hull = tuple(
-            (min(start for start, _ in axis), max(stop for _, stop in axis)) for axis in zip(*slices, strict=True)
-        )
-        whole = {hull} if _size(hull) == sum(map(_size, slices)) else slices
-        return {
-            spans: self.leaf.read(self.layer, tuple(slice(*span) for span in spans)).astype(dtype, copy=False)
-            for spans in whole
-        }
 
-    def placed(self, blocks: Blocks):
-        """The array, or `QArray`, of what `read` gave."""
+# Axes of a mesh that holds rows: devices with rows of their own, and those with the same rows.
+ROWS = ("rows", "copies")
 
-        def cut(index: Any) -> np.ndarray:
-            spans = spans_of(index, self.shape)
-            for block, array in blocks.items():
-                inside = zip(block, spans, strict=True)
-                if all(first <= start and stop <= last for (first, last), (start, stop) in inside):
-                    return array[
-                        tuple(slice(start - first, stop - first) for (first, _), (start, stop) in zip(block, spans))
-                    ]
-            raise AssertionError(f"{spans} is no slice of this host")
 
-        # Wait, because the host holds slices until they are on a device.
-        array = jax.block_until_ready(jax.make_array_from_callback(self.shape, self.read_as[0], cut))
-        if not is_quantized(self.target):
-            return array
-        where = self.sharding
-        qvalue, scale = _quantizer(where.qvalue, where.scale, self.target.qtype)(array)
-        return jax.block_until_ready(replace(where, qvalue=qvalue, scale=scale))
+def rows_over(mesh: Mesh, shape: Shape) -> tuple[Shape, NamedSharding]:
+    """(the shape with rows added, its sharding): the rows over the mesh's devices, in the sequence of their hosts.
+
+    Rows are added so that devices hold equally many; fewer parts than devices where there are fewer rows.
+    """
+    devices = sorted(mesh.devices.flat, key=lambda device: (device.process_index, device.id))
+    num_parts = max(n for n in range(1, len(devices) + 1) if len(devices) % n == 0 and n <= max(1, shape[0]))
+    padded = -(-shape[0] // num_parts) * num_parts
+    where = NamedSharding(Mesh(np.array(devices).reshape(num_parts, -1), ROWS), PartitionSpec(ROWS[0]))
+    return (padded, *shape[1:]), where
+
+
+def _local_indices(sharding: NamedSharding, shape: Shape) -> list[Index]:
+    """The slices on this host's devices."""
+    return [index for index in sharding.addressable_devices_indices_map(shape).values() if index is not None]
 
 
 def _pieces_of(leaf: Leaf, target, sharding) -> list[_Piece]:
     """What is read of a parameter at once: its layers, one after another, or all of it."""
+    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
     if not (leaf.stacked or is_quantized(target)):
-        return [_Piece(leaf, None, target, sharding)]
+        return [_Piece(leaf.stored(None), dtype, None, target, sharding)]
     of_layer = jax.tree.map(lambda where: NamedSharding(where.mesh, PartitionSpec(*where.spec[1:])), sharding)
-    return [_Piece(leaf, layer, target, of_layer) for layer in range(target.shape[0])]
+    return [_Piece(leaf.stored(layer), dtype, layer, target, of_layer) for layer in range(target.shape[0])]
 
 
 def _ahead(call: Callable[[Any], Any], arguments: list) -> Iterator[Any]:
@@ -329,15 +373,6 @@ def _ahead(call: Callable[[Any], Any], arguments: list) -> Iterator[Any]:
                 yield calls.popleft().result()
         while calls:
             yield calls.popleft().result()
-
-
-def _local_slices(sharding, shape: Shape) -> set[tuple[tuple[int, int], ...]]:
-    """The slices on this host's devices, each as (start, stop) of every axis."""
-    return {tuple(spans_of(index, shape)) for index in sharding.addressable_devices_indices_map(shape).values()}
-
-
-def _size(spans: tuple[tuple[int, int], ...]) -> int:
-    return math.prod(stop - start for start, stop in spans)
 
 
 def _stacked(layers: list, sharding):
@@ -354,14 +389,22 @@ def _zeros(shape, dtype, sharding) -> jax.Array:
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
 
 
-# Shardings of matrices with one shape are equal, so their programs are shared; a `QArray` of shardings has no hash.
 @lru_cache(maxsize=256)
-def _quantizer(qvalue, scale, dtype: str):
-    def run(w):
-        quantized = quantize(w, dtype, lead=0)
+def _program(num_rows: int, ours: Reordered, shape: Shape, dtype, sharding):
+    """From the rows of a stored array, to which some may be added, to ours of `shape`.
+
+    dtype: of the result, or "int8", "nf4"; then `sharding` is that of the numbers and that of the scales (a `QArray` of
+      shardings has no hash).
+    """
+
+    def run(rows):
+        value = ours(rows[:num_rows])[tuple(map(slice, shape))]
+        if dtype not in QUANTIZED:
+            return value.astype(dtype)
+        quantized = quantize(value.astype(jnp.float32), dtype, lead=0)
         return quantized.qvalue, quantized.scale
 
-    return jax.jit(run, out_shardings=(qvalue, scale))
+    return jax.jit(run, out_shardings=sharding)
 
 
 @lru_cache(maxsize=256)

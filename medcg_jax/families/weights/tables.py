@@ -36,6 +36,11 @@ class Transform:
         split = ours.reshape([sizes[i] for i in order]).transpose(np.argsort(order).astype(int))
         return split.reshape(self.released_shape(ours.shape))
 
+    def ours(self, shape: Shape) -> "Reordered":
+        """What makes a released tensor ours of `shape`."""
+        factors, order = self.layout(shape)
+        return Reordered(tuple(size for axis in factors for size in axis), tuple(order), shape)
+
     def load(self, read: Callable[[Index], np.ndarray], shape: Shape, index: Index = ()) -> np.ndarray:
         """`ours[index]`, where `shape` is the shape of ours and `read` gives slices of the released tensor.
 
@@ -55,6 +60,19 @@ class Transform:
         lengths = [stop - start for start, stop in spans]
         merged = value.reshape(lengths).transpose(order).reshape([size for size, _ in local])
         return merged[tuple(axis_slice for _, axis_slice in local) + (...,)]
+
+
+@dataclass(frozen=True)
+class Reordered:
+    """Called with a released tensor, an array of JAX or numpy, gives ours. Equal for equal layouts, so that layers share
+    a program."""
+
+    sizes: Shape
+    order: tuple[int, ...]
+    shape: Shape
+
+    def __call__(self, released):
+        return released.reshape(self.sizes).transpose(self.order).reshape(self.shape)
 
 
 def _factor_spans(sizes, order, shape: Shape, index: Index):
