@@ -204,7 +204,10 @@ def run_and_merge(name: str, ask: Ask, result: dict, out: Path | None, signals: 
 
     def keep(status: str, seconds: float) -> None:
         nonlocal merged
-        merged = merge(result, name, {"status": status, "seconds": round(seconds, 1)}, read_json(file))
+        about = {"status": status, "seconds": round(seconds, 1)}
+        if math.isfinite(ask.limit_s):
+            about["limit_s"] = round(ask.limit_s, 1)
+        merged = merge(result, name, about, read_json(file))
         if out:
             write_json(out, merged)
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pickle
+import runpy
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from medcg_jax.bench import cases, checks, text
 from medcg_jax.bench import run as bench
 from medcg_jax.bench.cases import Case
 from medcg_jax.bench.run import Ask, Stage
+from medcg_jax.chips import Peak
 from medcg_jax.cli import main
 from medcg_jax.config import ConfigError, DataConfig, ModelConfig, RunConfig, RunError
 
@@ -220,6 +222,8 @@ def test_memory_grows_with_batches_and_with_what_is_kept():
 
 def test_a_plan_above_the_devices_memory_is_not_run(monkeypatch):
     class Device:
+        device_kind = "cpu"
+
         @staticmethod
         def memory_stats():
             return {"bytes_limit": 10, "peak_bytes_in_use": 3}
@@ -228,9 +232,61 @@ def test_a_plan_above_the_devices_memory_is_not_run(monkeypatch):
     program = jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((64, 64), jnp.float32)).compile()
     row = {}
     with pytest.raises(MemoryError) as error:
-        cases.check_plan(row, program)
+        cases.check_plan(row, program, Ask(TINY))
     assert bench.out_of_memory(error.value)
     assert row["limit_bytes"] == 10 and row["peak_bytes_before"] == 3 and row["plan_peak_bytes"] >= 2 * 64 * 64 * 4
+
+
+def test_a_step_is_simulated_at_published_and_at_measured_rates(monkeypatch):
+    """A product of 64 x 64 matrices, by hand: 2 x 64^3 FLOPs, or three arrays over the memory."""
+    program = jax.jit(lambda x, y: x @ y).lower(*[jax.ShapeDtypeStruct((64, 64), jnp.float32)] * 2).compile()
+    machine = {"matmul": {"flops_per_s": 1e6}, "memory_bytes_per_s": 1e5}
+    times = cases.simulated(program, Ask(TINY, so_far={"machine": machine}))
+    assert times["published"] == {"not_read": "ValueError: no peak is published for cpu"}
+    products, moved = 2 * 64**3 / 1e6, 3 * 64 * 64 * 4 / 1e5
+    assert times["measured"] == pytest.approx(
+        {"step_s": max(products, moved), "overlapped_s": max(products, moved), "in_turn_s": products + moved}
+    )
+    monkeypatch.setattr(cases, "peak_of", lambda kind: Peak(2e6, 4e5, None, None, ""))
+    times = cases.simulated(program, Ask(TINY))
+    assert times["published"]["step_s"] == pytest.approx(max(products / 2, moved / 4))
+    assert "has not measured" in times["measured"]["not_read"]
+    # What the reader does not know must not cost the measured time.
+    monkeypatch.setattr(cases.schedule, "read", lambda text: {}["unknown"])
+    assert cases.simulated(program, Ask(TINY))["published"] == {"not_read": "KeyError: 'unknown'"}
+
+
+def test_simulated_and_measured_steps_stand_side_by_side():
+    row = {"case": "c", "samples_per_s": 1.0, "plan_peak_bytes": 2**30, "step_s": {"median": 0.5}, "simulated": {
+        "published": {"step_s": 0.4, "overlapped_s": 0.3, "in_turn_s": 0.6}, "measured": {"not_read": "no rates"}}}  # fmt: skip
+    (line,) = text.plan_lines({"letters": {"rows": [row]}})
+    assert line == (
+        "plan beside the device: c: peak 1 GiB by the plan, the device tells none; step 400 ms simulated at published peaks "
+        "(bounds 300 and 600), 500 measured (0.80 of it)"
+    )
+    row |= {"peak_bytes": 2**31, "peak_bytes_before": 2**31}
+    assert "the device's is of an earlier case" in text.plan_lines({"lora": {"rows": [row]}})[0]
+
+
+def test_a_tiny_model_runs_every_kind_of_case():
+    """At another size, and none is left out: what a GPU runs is what a CPU has run."""
+
+    def kinds(case):
+        return dataclasses.replace(case, batch_size=0, rank=bool(case.rank))
+
+    for stage, full in cases.CASES.items():
+        small = cases.cases(Ask(TINY, stage=stage))
+        assert {kinds(case) for case in small} == {kinds(case) for case in full}, stage
+        assert {case.batch_size for case in small} == {cases.SMALL} and len(set(small)) == len(small)
+
+
+def test_the_time_of_a_lent_machine_is_kept():
+    """10 minutes a command, 15 in all: the stages that the figures are from cannot starve one another."""
+    config = runpy.run_path(ROOT / "configs" / "bench_gpu.py")
+    limits = {name: bench.STAGES[name].limit_s for name in config["STAGES"]}
+    first = config["STAGES"][: config["STAGES"].index("trace") + 1]
+    assert first == ("machine", "train_bf16", "torch", "letters", "trace")
+    assert sum(limits[name] for name in first) == 450 <= config["TIME_S"] <= 580
 
 
 def test_the_fastest_case_is_taken_up_again():
@@ -275,7 +331,11 @@ def test_conclusions_compare_like_with_like():
         "train_best": 9 / 4, "train_same_batch": 2.0, "letters_vs_generate": 10.0, "letters_best_vs_generate": 12.5,
         "letters_vs_forward": 4.0, "letters_best_vs_forward": 5.0,
     }  # fmt: skip
-    assert any("(0.900 of it): train" in line for line in found["lines"]) and "torch_fp32: skipped" in found["lines"]
+    assert (
+        "plan beside the device: train: peak 8.38e-08 GiB by the plan, 9.31e-08 the device's (0.900 of it)"
+        in found["lines"]
+    )
+    assert "torch_fp32: skipped" in found["lines"]
     result["torch"]["rows"][0]["samples_per_s"] = 1.5
     assert text.conclusions(result)["ratios"]["train_same_batch"] == 4.0
     assert text.conclusions({"stages": {}}) == {"ratios": {}, "lines": []}
