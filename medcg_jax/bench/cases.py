@@ -262,7 +262,7 @@ class Steps:
         row |= self.port.compile(batch)
         check_plan(row, self.port.compiled.program, self.ask)
         self.time(case, batch, row)
-        plan = f", plan {row['plan_peak_bytes'] / 2**30:.1f} GiB" if row["plan_peak_bytes"] else ""
+        plan = f", plan {row['plan_peak_bytes'] / 2**30:.3g} GiB" if row["plan_peak_bytes"] else ""
         print(f"   {case.name}: {rate_text(row)}{plan}, compiled in {row['compile_s']:.0f} s", flush=True)
 
     def take(self, case: Case, **changes) -> None:

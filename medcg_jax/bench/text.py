@@ -27,7 +27,7 @@ def text_of(result: dict) -> str:
     packages = ", ".join(f"{name} {versions[name]}" for name in ("jax", "torch", "transformers") if name in versions)
     mesh = f", mesh {'x'.join(str(n) for n in result['mesh'].values())}" if "mesh" in result else ""
     where = f"{result['num_devices']} x {result['device']}{mesh}" if "device" in result else "no device"
-    lines = [f"{result['model']} ({result['name']}) on {where}, {result['compute_dtype']}; {packages}"]
+    lines = [f"{result['model']} ({result['name']}), random weights, on {where}, {result['compute_dtype']}; {packages}"]
     for name, section in (("train", _train), ("answers", _answers), ("loader", _loader), ("convert", _convert),
                           ("startup", _startup)):  # fmt: skip
         if name in result:

@@ -142,6 +142,10 @@ def test_wrong_flags_of_the_module_are_one_line(tmp_path, flag, capsys):
         ),
         (["--against=torch", "--stages=loader"], "train, eval or generate is needed"),
         (["--stages=train", "--config.train.batch_size=12"], "cannot be split over data x fsdp = 8"),
+        (
+            ["--config.model.checkpoint=checkpoints/nowhere"],
+            "model.checkpoint=checkpoints/nowhere: there is no checkpoint; for llava15_bench with random weights leave it",
+        ),
     ],
 )
 def test_wrong_use_of_the_verb_is_one_line(flags, message, capfd):

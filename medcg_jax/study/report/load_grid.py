@@ -19,7 +19,7 @@ from medcg_jax.eval.boxes import BoxAnswer, read_answers
 from medcg_jax.eval.predictions import prediction_lines, wilson
 from medcg_jax.study.design import mat, overlap
 from medcg_jax.study.report.escape import ELEMENT_CHARACTERS, short_label
-from medcg_jax.study.stats import contamination, grid_files, probe
+from medcg_jax.study.stats import contamination, grid_files, probe, stats
 from medcg_jax.study.stats.answers import Answers
 from medcg_jax.study.stats.grid_files import ARMS
 from medcg_jax.study.stats.results import read_config_file
@@ -125,6 +125,11 @@ class Grid:
         )
         self._sources: dict[int, Source] = {}
         self._scores: dict[str, dict[tuple[str, str], dict[str, Score]]] = {}
+
+    @cached_property
+    def summary(self) -> dict:
+        """`stats.summarise` of these files."""
+        return stats.summarise(self.workdir, self.results, self.answers, self.cells)
 
     @property
     def model(self) -> str:
