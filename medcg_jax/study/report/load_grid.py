@@ -196,9 +196,9 @@ class Grid:
 
         related: as in cells.csv, "03+06".
         """
-        training, own = [self.subset(name) for name in related.split("+") if related], self.subset(target)
+        training, tested = [self.subset(name) for name in related.split("+") if related], self.subset(target)
         known = [subset for subset in training if subset]
-        return " + ".join(overlap.overlap(own, known)) if own and known and len(known) == len(training) else None
+        return " + ".join(overlap.overlap(tested, known)) if tested and known and len(known) == len(training) else None
 
     @cached_property
     def seeds(self) -> tuple[int, ...]:
