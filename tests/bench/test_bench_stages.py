@@ -1,6 +1,7 @@
 """The framework of `medcg bench`: no stage loses another's results, each is ended in time, and what is missing is said."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import pickle
@@ -436,6 +437,39 @@ def test_a_bare_machine_runs_the_command(tmp_path, stages):
     assert found["trace"]["trace"]["steps"] == 2
     assert found["trace"]["trace"]["kinds"]["matrix products"]["seconds"] > 0
     assert any("lost to" in line for line in found["trace"]["limits"])
+
+
+@pytest.mark.long
+def test_the_whole_script_runs_on_a_cpu(tmp_path):
+    """Every stage, by the code of a GPU and at a tiny size, and a summary that says what was measured where."""
+    argv = ["bash", "launch/bench_gpu.sh", str(tmp_path / "out.json"), "--model=llava15_tiny", "--time=5000"]
+    here = {"PYTHON": sys.executable, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    done = subprocess.run(
+        argv, cwd=ROOT, env=os.environ | here, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1800,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result = in_file(tmp_path / "out.json")
+    stages = runpy.run_path(ROOT / "configs" / "bench_gpu.py")["STAGES"]
+    status = {name: result["stages"][name]["status"] for name in stages}
+    has_torch = importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")
+    of_torch = dict.fromkeys(("torch", "torch_fp32", "parity"), "done" if has_torch else "skipped")
+    assert status == dict.fromkeys(stages, "done") | of_torch
+    for stage in cases.CASES:
+        rows = result.get(stage, {}).get("rows", [])
+        measured = [row["case"] for row in rows if row.get("samples_per_s")]
+        assert measured == ([case.name for case in cases.cases(Ask(TINY, stage=stage))] if rows else [])
+        assert rows or not has_torch
+    lines = result["conclusions"]["lines"]
+    for row in result["train_bf16"]["rows"]:
+        simulated = row["simulated"]["measured"]
+        assert 0 < simulated["overlapped_s"] <= simulated["step_s"] <= simulated["in_turn_s"]
+        assert any(line.startswith(f"plan beside the device: {row['case']}: peak") for line in lines)
+    assert result["date"][:10] in lines[0] and "cpu" in lines[0] and f"jax {jax.__version__}" in lines[1]
+    assert "no figure of a GPU" in lines[2] and lines[-1].startswith("seconds of the stages: machine")
+    ratios = ("train_best", "train_same_batch", "letters_vs_generate", "letters_vs_forward") if has_torch else ()
+    assert set(ratios) <= set(result["conclusions"]["ratios"])
+    assert "\n".join(f"   {line}" for line in lines) in done.stdout
 
 
 def test_a_stage_has_the_allocator_of_every_verb(tmp_path, monkeypatch):
