@@ -62,13 +62,13 @@ def test_stages_that_hang_or_die_keep_what_they_wrote_and_the_others_still_run(t
         "time.sleep(60 if flags['stage'] == 'slow' else 0)\n"
         "os.kill(os.getpid(), signal.SIGKILL) if flags['stage'] == 'dies' else None\n"
     )
-    found = run_script(tmp_path, monkeypatch, body, {"slow": 6, "dies": 30, "lives": 30})
-    assert time.monotonic() - began < 40 and found["exit"] == 1
-    assert found["stages"]["slow"]["status"].startswith("stopped")
-    assert found["stages"]["dies"]["status"] == "failed with exit status -9"
-    assert found["stages"]["lives"]["status"] == "done"
-    assert [found[name] for name in ("slow", "dies", "lives")] == [{"found": 1}] * 3
-    assert any(line.startswith("slow: stopped") for line in found["conclusions"]["lines"])
+    result = run_script(tmp_path, monkeypatch, body, {"slow": 6, "dies": 30, "lives": 30})
+    assert time.monotonic() - began < 40 and result["exit"] == 1
+    assert result["stages"]["slow"]["status"].startswith("stopped")
+    assert result["stages"]["dies"]["status"] == "failed with exit status -9"
+    assert result["stages"]["lives"]["status"] == "done"
+    assert [result[name] for name in ("slow", "dies", "lives")] == [{"found": 1}] * 3
+    assert any(line.startswith("slow: stopped") for line in result["conclusions"]["lines"])
 
 
 def test_what_a_running_stage_has_written_is_already_in_the_file(tmp_path, monkeypatch):
@@ -82,8 +82,8 @@ def test_what_a_running_stage_has_written_is_already_in_the_file(tmp_path, monke
         "        json.dump({'found': 2, 'seen': seen['stages']['one']['status']}, open(flags['json'], 'w'))\n"
         "        break\n"
     )
-    found = run_script(tmp_path, monkeypatch, body, {"one": 30})
-    assert found["one"]["seen"] == "running" and found["stages"]["one"]["status"] == "done"
+    result = run_script(tmp_path, monkeypatch, body, {"one": 30})
+    assert result["one"]["seen"] == "running" and result["stages"]["one"]["status"] == "done"
 
 
 def test_told_to_stop_it_ends_its_stage_and_keeps_the_file(tmp_path, monkeypatch):
@@ -95,8 +95,8 @@ def test_told_to_stop_it_ends_its_stage_and_keeps_the_file(tmp_path, monkeypatch
     with pytest.raises(SystemExit, match="143"):
         run_script(tmp_path, monkeypatch, body, {"one": 50, "two": 50})
     assert signal.getsignal(signal.SIGTERM) is before
-    found = in_file(tmp_path / "out.json")
-    assert found["one"] == {"found": 1} and "two" not in found["stages"]
+    result = in_file(tmp_path / "out.json")
+    assert result["one"] == {"found": 1} and "two" not in result["stages"]
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
@@ -105,8 +105,8 @@ def test_time_that_is_over_and_earlier_files(tmp_path, monkeypatch):
     earlier = {"stages": {"b": {"status": "done"}}, "b": {"found": 7}}
     (tmp_path / "earlier.json").write_text(json.dumps(earlier))
     more = ("--time=3", f"--so_far={tmp_path}/earlier.json")
-    found = run_script(tmp_path, monkeypatch, "", {"a": 30}, more)
-    assert found["stages"]["a"]["status"] == "no time left" and found["exit"] == 1 and found["b"]["found"] == 7
+    result = run_script(tmp_path, monkeypatch, "", {"a": 30}, more)
+    assert result["stages"]["a"]["status"] == "no time left" and result["exit"] == 1 and result["b"]["found"] == 7
 
 
 def test_a_stage_of_the_verb_that_fails_is_the_verbs_error(tmp_path):
@@ -331,16 +331,16 @@ def test_conclusions_compare_like_with_like():
         "torch": {"rows": [row("torch train", 3.0, 8), row("torch train", 4.0, 16, remat="full"),
                            row("torch generate", 8.0, 8), row("torch forward", 20.0, 8)]},
     }  # fmt: skip
-    found = text.conclusions(result)
-    assert found["ratios"] == {
+    concluded = text.conclusions(result)
+    assert concluded["ratios"] == {
         "train_best": 9 / 4, "train_same_batch": 2.0, "letters_vs_generate": 10.0, "letters_best_vs_generate": 12.5,
         "letters_vs_forward": 4.0, "letters_best_vs_forward": 5.0,
     }  # fmt: skip
     assert (
         "plan beside the device: train: peak 8.38e-08 GiB by the plan, 9.31e-08 the device's (0.900 of it)"
-        in found["lines"]
+        in concluded["lines"]
     )
-    assert "torch_fp32: skipped" in found["lines"]
+    assert "torch_fp32: skipped" in concluded["lines"]
     result["torch"]["rows"][0]["samples_per_s"] = 1.5
     assert text.conclusions(result)["ratios"]["train_same_batch"] == 4.0
     assert text.conclusions({"stages": {}}) == {"ratios": {}, "lines": []}
@@ -364,11 +364,11 @@ def test_numerics_that_differ_are_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checks, "ten_steps", ten_steps)
     assert bench.run_here("numerics", Ask(TINY), tmp_path / "out.json") == 1
-    found = in_file(tmp_path / "out.json")
-    assert found["rows"]["float32"]["losses"] == 0.0
-    assert found["rows"]["float32, default products"]["losses"] == pytest.approx(1e-3)
+    result = in_file(tmp_path / "out.json")
+    assert result["rows"]["float32"]["losses"] == 0.0
+    assert result["rows"]["float32, default products"]["losses"] == pytest.approx(1e-3)
     # What is shown alone is not judged; a NaN is.
-    assert found["error"].startswith("RuntimeError: bfloat16: losses nan")
+    assert result["error"].startswith("RuntimeError: bfloat16: losses nan")
 
 
 @pytest.mark.long
@@ -385,9 +385,9 @@ def test_the_parity_stage_names_the_model_that_is_wrong(tmp_path, monkeypatch):
 
     monkeypatch.setattr(parity, "parity", compare)
     assert bench.run_here("parity", Ask(TINY), tmp_path / "out.json") == 1
-    found = in_file(tmp_path / "out.json")
-    assert [model["ok"] for model in found["models"].values()] == [True, False]
-    assert "grouped_heads: logits" in found["error"] and "own_heads" not in found["error"]
+    result = in_file(tmp_path / "out.json")
+    assert [model["ok"] for model in result["models"].values()] == [True, False]
+    assert "grouped_heads: logits" in result["error"] and "own_heads" not in result["error"]
 
 
 # ------------------------------------------------------------------ a bare machine
@@ -420,23 +420,23 @@ def test_a_bare_machine_runs_the_command(tmp_path, stages):
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    found = in_file(tmp_path / "out.json")
-    machine = found["machine"]
-    assert machine["platform"] == "cpu" and {"jax", "flax", "optax", "python"} <= set(found["versions"])
+    result = in_file(tmp_path / "out.json")
+    machine = result["machine"]
+    assert machine["platform"] == "cpu" and {"jax", "flax", "optax", "python"} <= set(result["versions"])
     rates = [row["flops_per_s"] for row in machine["matmul"]["by_size"].values()]
     assert machine["matmul"]["flops_per_s"] == max(rates) > 0 and machine["memory_bytes_per_s"] > 0
     assert "== what it comes to" in done.stdout
     if "torch" in stages:
-        assert found["stages"]["torch"]["status"] == found["stages"]["parity"]["status"] == "skipped"
-        assert "torch" in found["stages"]["torch"]["why"]
+        assert result["stages"]["torch"]["status"] == result["stages"]["parity"]["status"] == "skipped"
+        assert "torch" in result["stages"]["torch"]["why"]
         return
-    (row,) = found["train_fp32"]["rows"]
+    (row,) = result["train_fp32"]["rows"]
     assert row["mfu_of_measured"] > 0 and row["plan_peak_bytes"] > 0 and row["batch"]["size"] == 2
-    assert [row["num_new"] for row in found["letters"]["rows"]] == [0, 4]
-    assert all(row["samples_per_s"] > 0 for row in found["letters"]["rows"])
-    assert found["trace"]["trace"]["steps"] == 2
-    assert found["trace"]["trace"]["kinds"]["matrix products"]["seconds"] > 0
-    assert any("lost to" in line for line in found["trace"]["limits"])
+    assert [row["num_new"] for row in result["letters"]["rows"]] == [0, 4]
+    assert all(row["samples_per_s"] > 0 for row in result["letters"]["rows"])
+    assert result["trace"]["trace"]["steps"] == 2
+    assert result["trace"]["trace"]["kinds"]["matrix products"]["seconds"] > 0
+    assert any("lost to" in line for line in result["trace"]["limits"])
 
 
 @pytest.mark.long
