@@ -190,8 +190,10 @@ def questions(case: Case, ask: Ask) -> dict[str, np.ndarray]:
     }  # fmt: skip
 
 
-def check_plan(row: dict, program: jax.stages.Compiled, ask: Ask) -> None:
+def check_plan(row: dict, program: jax.stages.Compiled, ask: Ask, open_trips: int | None = None) -> None:
     """Adds to `row` the program's peak and its simulated seconds as `medcg plan` gives them, and the device's memory limit.
+
+    open_trips: of a loop that says none, which is the one over generated tokens.
 
     Raises:
       MemoryError: the peak is above the limit, so that running the program would fail.
@@ -199,12 +201,12 @@ def check_plan(row: dict, program: jax.stages.Compiled, ask: Ask) -> None:
     plan = getattr(program.memory_analysis(), "peak_memory_in_bytes", 0) or None
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     row |= {"plan_peak_bytes": plan, "limit_bytes": limit, "peak_bytes_before": peak_bytes()}
-    row["simulated"] = simulated(program, ask)
+    row["simulated"] = simulated(program, ask, open_trips)
     if plan and limit and plan > limit:
         raise MemoryError(f"out of memory by the compiler's plan: {plan / 2**30:.1f} of {limit / 2**30:.1f} GiB")
 
 
-def simulated(program: jax.stages.Compiled, ask: Ask) -> dict:
+def simulated(program: jax.stages.Compiled, ask: Ask, open_trips: int | None = None) -> dict:
     """Seconds that the program's schedule takes on this device by `plan.simulate`, with the two bounds around them.
 
     Returns {"published", "measured"}: {"step_s", "overlapped_s", "in_turn_s"} at the device's published peaks, and at the
@@ -228,7 +230,7 @@ def simulated(program: jax.stages.Compiled, ask: Ask) -> dict:
     times = {}
     for name, machine in (("published", published), ("measured", measured)):
         try:
-            bound = simulate(schedule.read(program.as_text() or ""), machine()).bound()
+            bound = simulate(schedule.read(program.as_text() or "", open_trips=open_trips), machine()).bound()
             times[name] = {
                 "step_s": bound.simulated_s, "overlapped_s": bound.overlapped_s, "in_turn_s": bound.in_turn_s
             }  # fmt: skip
@@ -315,7 +317,7 @@ def letters(ask: Ask, save: Callable) -> None:
         with jax.set_mesh(mesh):
             program = evaluator.jitted.lower(params, put_batch(batch, batch_sharding(mesh))).compile()
         row |= dataclasses.asdict(case) | {"attention": attention_in(program.as_text())}
-        check_plan(row, program, ask)
+        check_plan(row, program, ask, max(case.num_new - 1, 1))
         seconds = spread(
             seconds_of(lambda steps: jax.device_get([evaluator(params, batch) for _ in range(steps)]), REPEATS)
         )
@@ -442,7 +444,7 @@ def limits(trace: dict, flops: dict[str, float], rate: float | None) -> list[str
     ideal = flops["matrix products"] / rate
     lines = [
         (
-            f"a step's products: {flops['matrix products'] / 1e12:.1f} TFLOP in {products * 1e3:.1f} ms, "
+            f"a step's products: {flops['matrix products'] / 1e12:.3g} TFLOP in {products * 1e3:.1f} ms, "
             f"{flops['matrix products'] / products / rate:.1%} of the measured rate, which would need "
             f"{ideal * 1e3:.1f} ms: {ideal / step:.1%} of the step"
         )

@@ -286,13 +286,15 @@ def peak_text(row: dict) -> str:
 
 
 def simulated_texts(row: dict) -> list[str]:
-    """The simulated step beside the measured one, at published peaks and at measured rates, where either is known."""
-    step, texts = row.get("step_s", {}).get("median"), []
+    """The simulated step beside the measured one, at published peaks and at measured rates; or why there is none."""
+    step, texts, reasons = row.get("step_s", {}).get("median"), [], []
     for rates, seconds in row.get("simulated", {}).items():
-        if step and "step_s" in seconds:
+        if "not_read" in seconds:
+            reasons.append(seconds["not_read"].partition(": ")[2])
+        elif step:
             by = "published peaks" if rates == "published" else "measured rates"
             texts.append(
                 f"step {seconds['step_s'] * 1e3:.4g} ms simulated at {by} (bounds {seconds['overlapped_s'] * 1e3:.4g} and "
                 f"{seconds['in_turn_s'] * 1e3:.4g}), {step * 1e3:.4g} measured ({seconds['step_s'] / step:.2f} of it)"
             )
-    return texts
+    return texts or [f"no step simulated: {reason}" for reason in dict.fromkeys(reasons)]
