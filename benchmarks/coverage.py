@@ -88,8 +88,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def show(row: dict) -> None:
     print(f"{'x'.join(map(str, row['layout']))}, seeds {row['seed_points']} points: covered {row['covered']:.3f}")
-    for truth, found in row["verdicts"].items():
-        print(f"  {truth}: {', '.join(f'{kind} {share:.3f}' for kind, share in found.items())}", flush=True)
+    for truth, shares in row["verdicts"].items():
+        print(f"  {truth}: {', '.join(f'{kind} {share:.3f}' for kind, share in shares.items())}", flush=True)
 
 
 def broken_bounds(rows: Sequence[Mapping], grids: Sequence[Mapping], slack: float = 0.0) -> list[str]:
@@ -99,9 +99,9 @@ def broken_bounds(rows: Sequence[Mapping], grids: Sequence[Mapping], slack: floa
         where = f"{row['layout']}, {row['seed_points']} points"
         if row["layout"][1] > 1 and row["covered"] < COVERED - slack:
             broken.append(f"{where}: covered {row['covered']:.3f}, below {COVERED}")
-        for truth, found in row["verdicts"].items():
+        for truth, shares in row["verdicts"].items():
             wrong = WRONG_VERDICTS.get(truth, (COMPOSITION,))
-            share = sum(found.get(kind, 0) for kind in wrong)
+            share = sum(shares.get(kind, 0) for kind in wrong)
             if share > WRONG + slack:
                 broken.append(f"{where}, {truth}: {' or '.join(wrong)} {share:.3f}, above {WRONG}")
     for grid in grids:
@@ -117,7 +117,7 @@ def measure(
     """Shares over simulated grids of each truth: of intervals that cover, and of verdicts."""
     rng = np.random.default_rng([*layout, int(seed_points)])
     covered: Counter = Counter()
-    found: dict[str, dict[str, float]] = {}
+    verdict_shares: dict[str, dict[str, float]] = {}
     by_part: dict[str, dict[str, float]] = {}
     for truth in truths:
         kinds: Counter = Counter()
@@ -128,12 +128,12 @@ def measure(
             kinds_of_parts.update({line["verdict"] for line in parts})
             covered.update(held(whole, truth))
             covered.update(f"first direction: {name}" for name in held(parts[0], truth))
-        found[truth] = {kind: count / grids for kind, count in kinds.most_common()}
+        verdict_shares[truth] = {kind: count / grids for kind, count in kinds.most_common()}
         by_part[truth] = {kind: count / grids for kind, count in kinds_of_parts.most_common()}
     shares = {name: count / grids / len(truths) for name, count in covered.items()}
     return {
         "layout": list(layout), "seed_points": seed_points, "covered": min(shares.values()),
-        "covered_by_contrast": shares, "verdicts": found, "in_any_direction": by_part,
+        "covered_by_contrast": shares, "verdicts": verdict_shares, "in_any_direction": by_part,
     }  # fmt: skip
 
 
@@ -148,7 +148,9 @@ def held(line: Mapping, truth: str) -> Iterator[str]:
         "single_1 - baseline_plus": (line["gains"]["single_1"], mean["single_1"] - mean["baseline_plus"]),
         "interaction": (line["interaction"], together),
     }
-    yield from (name for name, (found, value) in contrasts.items() if found["ci_low"] <= value <= found["ci_high"])
+    yield from (
+        name for name, (contrast, value) in contrasts.items() if contrast["ci_low"] <= value <= contrast["ci_high"]
+    )
 
 
 def simulate(
@@ -165,27 +167,27 @@ def simulate(
             common = rng.normal(0, 0.5**0.5, records)
             trainings = rng.normal(0, TRAINING_POINTS, (len(ARMS), rows)) / 2**0.5
             trainings[1] = trainings[1, 0]  # one training on unrelated data serves all rows of a target
-            own = rng.normal(0, 0.5**0.5, (len(ARMS), rows, records))
-            own[1] = own[1, 0]
+            noise = rng.normal(0, 0.5**0.5, (len(ARMS), rows, records))
+            noise[1] = noise[1, 0]
             for a, (arm, mean) in enumerate(zip(ARMS, TRUTHS[truth], strict=True)):
                 for row in range(rows):
                     accuracy = mean + of_seed[a, seed] + of_target[a, target] + trainings[a, row]
                     key = (f"{DIRECTIONS[row]}/t{target:02}", f"t{target:02}", seed)
-                    arms[arm][key] = common + own[a, row] < ndtri(np.clip(accuracy / 100, 0.001, 0.999))
+                    arms[arm][key] = common + noise[a, row] < ndtri(np.clip(accuracy / 100, 0.001, 0.999))
     return arms
 
 
 def summarised(truth: str, grids: int, layout: tuple[int, int, int] = (8, 3, 1), records: int = 60) -> dict:
     """The verdicts of whole grids by `stats.summarise`, with a common seed effect of 4 points."""
     rng = np.random.default_rng([*layout, len(truth)])
-    found: Counter = Counter()
+    counts: Counter = Counter()
     with tempfile.TemporaryDirectory() as folder:
         config = {"config": dataclasses.asdict(RunConfig()), "versions": {}, "data": {}}
         (Path(folder) / "config.json").write_text(json.dumps(config))
         for _ in range(grids):
             grid = SimulatedAnswers(folder, simulate(rng, layout, 4, truth, records))
-            found[stats.summarise(folder, grid.results, grid, grid.cells)["verdicts"][0]["verdict"]] += 1
-    return {"truth": truth, "layout": list(layout), "records": records, "grids": grids, "verdicts": dict(found)}
+            counts[stats.summarise(folder, grid.results, grid, grid.cells)["verdicts"][0]["verdict"]] += 1
+    return {"truth": truth, "layout": list(layout), "records": records, "grids": grids, "verdicts": dict(counts)}
 
 
 class SimulatedAnswers(Answers):

@@ -168,10 +168,10 @@ def questions(setup: Setup, subset: str, controls: Sequence[str], **options: int
     records = setup.source.records(subset, "test")
     encoded, columns = setup.encode_eval(records, **options), option_columns(records)
     again = {}
-    for name, made in control_sets(records, controls, setup.run.data.seed).items():
-        again[name] = setup.encode_eval(made, columns=columns, memory_limit_bytes=0)
+    for name, asked in control_sets(records, controls, setup.run.data.seed).items():
+        again[name] = setup.encode_eval(asked, columns=columns, memory_limit_bytes=0)
         if encoded.images is not None:  # before, images of the test were gathered and not decoded
-            places = np.asarray(getattr(made, "places", np.arange(len(made))))
+            places = np.asarray(getattr(asked, "places", np.arange(len(asked))))
             kept = {key: array[places] for key, array in encoded.images.items()}
             if name == "text_only":
                 kept = {key: np.zeros_like(array) for key, array in kept.items()}
@@ -258,7 +258,7 @@ def compile_7b(num_cells: int) -> list[dict]:
         data__root=str(SHARED / "data" / "medmat-mini"), model__tokenizer=str(SHARED / "tokenizers" / "llava_hf"),
         model__scan_unroll=1, mesh__fsdp=1, model__checkpoint="", eval__features_gib=64.0,
     )  # fmt: skip
-    found = []
+    tests_7b = []
     for controls in CONTROLS_7B:
         setup = open_setup(replace(run, eval__controls=controls), has_weights=True)
         graphdef, params = abstract(setup.model, param_dtype=jax.numpy.bfloat16)
@@ -276,7 +276,7 @@ def compile_7b(num_cells: int) -> list[dict]:
         counted = {"before": total(before.programs), "after": total(after.programs)}
         step_s = num_bytes(params["decoder"]) / V5E.memory_bytes_per_s
         seconds = {name: flops / V5E.bf16_flops_per_s + steps * step_s for name, (flops, steps) in counted.items()}
-        found.append(
+        tests_7b.append(
             {
                 "config": "configs/llava15_7b.py", "controls": controls, "subset": SUBSET_7B, "cells": num_cells,
                 "questions": len(test.encoded), "batch_size": run.eval.batch_size,
@@ -285,8 +285,8 @@ def compile_7b(num_cells: int) -> list[dict]:
                 "least_v5e_chip_s": seconds, "ratio": seconds["before"] / seconds["after"],
             }
         )  # fmt: skip
-        print(f"7B, controls {controls or 'none'}: {found[-1]['ratio']:.2f} times less", flush=True)
-    return [*found, {"controls": ("circular",), "decoder_tokens_of_a_row": orders(setup)}]
+        print(f"7B, controls {controls or 'none'}: {tests_7b[-1]['ratio']:.2f} times less", flush=True)
+    return [*tests_7b, {"controls": ("circular",), "decoder_tokens_of_a_row": orders(setup)}]
 
 
 def orders(setup: Setup) -> dict[str, int]:
@@ -307,7 +307,8 @@ def orders(setup: Setup) -> dict[str, int]:
         "orders": len(sets),
         "whole": len(sets) * drawn.batch["tokens"].shape[1],
         "from_the_image": start + len(sets) * text_length(test.encoded, longest - start),
-        "from_the_difference": drawn.batch["tokens"].shape[1] + sum(one.batch["tokens"].shape[1] for one in asked),
+        "from_the_difference": drawn.batch["tokens"].shape[1]
+        + sum(rows_asked.batch["tokens"].shape[1] for rows_asked in asked),
     }
 
 

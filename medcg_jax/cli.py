@@ -307,7 +307,7 @@ def run_convert(args) -> dict:
     with terminal.beating("medcg convert"):
         return convert(
             src, Path(args.dst), to=args.to, parts=parts, ids=ids_beside(src), system_prompt=training.system_prompt,
-            card=lambda checkpoint: model_card(checkpoint, training, args.to),
+            card=lambda checkpoint, notes: model_card(checkpoint, training, args.to, notes),
             meta=(META_FILE, json.dumps(recipe, indent=1) + "\n") if recipe else None,
         )  # fmt: skip
 
@@ -393,12 +393,14 @@ def run_report(args) -> dict:
     of_grids = not args.dir.endswith(".json")
     if of_grids and len(args.other) > 1:
         raise ConfigError(f"medcg report {' '.join([args.dir, *args.other])}: expected one or two grids")
+    from medcg_jax.study.report import check_grid
+
     for folder in (args.dir, *args.other):
         if not of_grids:
             if not Path(folder).is_file():
                 raise ConfigError(f"{folder}: no such file; expected a JSON file of `medcg bench`")
         else:
-            cli_checks.check_grid(folder)
+            check_grid(folder)
     from medcg_jax.study.report.compare import models_in, write_comparison, write_models_page
     from medcg_jax.study.report.page import check_formats, write_report
 

@@ -1,6 +1,5 @@
 """Checks of paths before a verb imports what it needs, so that a wrong one is told at once."""
 
-import os
 from pathlib import Path
 
 from medcg_jax.config import AUTO, ConfigError, RunConfig
@@ -65,18 +64,3 @@ def check_reference(src: str, against: str, inputs: str) -> None:
         raise ConfigError(f"--inputs={inputs}: no such file")
     if not against and not inputs:
         check_is_released(Path(src))
-
-
-def check_grid(folder: str) -> None:
-    """Raises ConfigError if `folder` is no workdir of a grid; the message says what it is where that is known."""
-    path = Path(folder)
-    if not path.is_dir():
-        raise ConfigError(f"{folder}: no such folder; expected the workdir of a grid (`medcg reproduce`)")
-    if os.path.lexists(path / "config.json") or any(path.glob("*/config.json")):
-        return
-    if (path / "params" / "model.json").is_file() or (path / "metrics" / "train.jsonl").is_file():
-        raise ConfigError(
-            f"{folder} is a run of `medcg train`, and has no report: `medcg eval --config=FILE.py --workdir={folder}` "
-            "scores it; a report is of a grid (`medcg reproduce`)"
-        )
-    raise ConfigError(f"{folder} has no config.json: expected the workdir of a grid (`medcg reproduce`)")

@@ -61,8 +61,8 @@ def find(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    if path.parent in (Path(), Path(FOLDER)) and (own := project_folder() / path.name).is_file():
-        return own
+    if path.parent in (Path(), Path(FOLDER)) and (packaged := project_folder() / path.name).is_file():
+        return packaged
     known = [file.name for file in project_files()]
     close = difflib.get_close_matches(f"{path.name.removesuffix('.py')}.py", known, n=1)
     hint = f"did you mean {FOLDER}/{close[0]}? " if close else ""

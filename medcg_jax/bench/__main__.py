@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
     except ConfigError as error:
         parser.error(f"--{error}")
-    print(f"== {args.json}")
+    print(f"== {args.json}: the figures and this summary, with date and versions; `git add` it where it is evidence")
     ran = dict.fromkeys("answers" if stage in bench.ANSWERS else stage for stage in stages)
     return 0 if all(result["stages"][name]["status"] in ("done", "skipped") for name in ran) else 1
 

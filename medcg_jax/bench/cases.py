@@ -23,11 +23,14 @@ from medcg_jax.bench.clock import seconds_of, spread
 from medcg_jax.bench.run import Ask, out_of_memory, short
 from medcg_jax.bench.steps import HF_BATCH, Port, architecture, describe, example_batch, peak_bytes, rates, step_flops
 from medcg_jax.bench.text import rate_text
+from medcg_jax.chips import peak_of
 from medcg_jax.config import ModelConfig, TrainConfig
 from medcg_jax.eval.letters import make_evaluator
 from medcg_jax.families import build, flops
 from medcg_jax.mesh import batch_sharding, make_mesh, put_batch
+from medcg_jax.plan import schedule
 from medcg_jax.plan.hlo import attention_in
+from medcg_jax.plan.simulate import Machine, simulate
 
 REPEATS = 4
 FULL = ("projector", "decoder")
@@ -36,6 +39,7 @@ REMATS = ("none", "dots", "full")
 NUM_NEW = 4  # generated tokens, of `EvalConfig.max_new_tokens`
 NUM_OPTIONS = 4
 TRACED_STEPS = 2
+SMALL = 4
 
 
 @dataclass(frozen=True)
@@ -113,16 +117,16 @@ CASES = {
 
 
 def cases(ask: Ask, stage: str = "") -> list[Case]:
-    """The cases of a stage, by default `ask.stage`; its first ones at each of `ask.batches`; three small ones of a tiny
-    model."""
+    """The cases of a stage, by default `ask.stage`; its first ones at each of `ask.batches`; of a tiny model all of them,
+    at the batch size and the rank `SMALL`: the same code at a size for a CPU."""
     chosen = list(CASES[stage or ask.stage])
     if ask.batches:
         first = [case for case in chosen if case.batch_size == chosen[0].batch_size and case.remat == chosen[0].remat]
         first = [case for case in first if case.what in (chosen[0].what, "letters")]
         return [dataclasses.replace(case, batch_size=size) for size in ask.batches for case in first]
     if ask.run.model.name in build.TINY:
-        small = [case for case in chosen if case.what != "torch compiled"][:3]
-        return list(dict.fromkeys(dataclasses.replace(case, batch_size=4, rank=case.rank and 4) for case in small))
+        small = [dataclasses.replace(case, batch_size=SMALL, rank=case.rank and SMALL) for case in chosen]
+        return list(dict.fromkeys(small))
     return chosen
 
 
@@ -186,8 +190,10 @@ def questions(case: Case, ask: Ask) -> dict[str, np.ndarray]:
     }  # fmt: skip
 
 
-def check_plan(row: dict, program: jax.stages.Compiled) -> None:
-    """Adds to `row` the program's peak as `medcg plan` gives it, and the device's memory limit.
+def check_plan(row: dict, program: jax.stages.Compiled, ask: Ask, open_trips: int | None = None) -> None:
+    """Adds to `row` the program's peak and its simulated seconds as `medcg plan` gives them, and the device's memory limit.
+
+    open_trips: of a loop that says none, which is the one over generated tokens.
 
     Raises:
       MemoryError: the peak is above the limit, so that running the program would fail.
@@ -195,8 +201,42 @@ def check_plan(row: dict, program: jax.stages.Compiled) -> None:
     plan = getattr(program.memory_analysis(), "peak_memory_in_bytes", 0) or None
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     row |= {"plan_peak_bytes": plan, "limit_bytes": limit, "peak_bytes_before": peak_bytes()}
+    row["simulated"] = simulated(program, ask, open_trips)
     if plan and limit and plan > limit:
         raise MemoryError(f"out of memory by the compiler's plan: {plan / 2**30:.1f} of {limit / 2**30:.1f} GiB")
+
+
+def simulated(program: jax.stages.Compiled, ask: Ask, open_trips: int | None = None) -> dict:
+    """Seconds that the program's schedule takes on this device by `plan.simulate`, with the two bounds around them.
+
+    Returns {"published", "measured"}: {"step_s", "overlapped_s", "in_turn_s"} at the device's published peaks, and at the
+    rates that the stage `machine` measured; or {"not_read": why} where the rates or the schedule are not known.
+    """
+    kind = jax.devices()[0].device_kind
+    peak, flops_per_s = peak_of(kind), ask.matrix_rate()
+    memory_bytes_per_s = ask.so_far.get("machine", {}).get("memory_bytes_per_s")
+
+    def published() -> Machine:
+        if peak is None:
+            raise ValueError(f"no peak is published for {kind}")
+        return Machine.published(peak, (0,))
+
+    def measured() -> Machine:
+        if not flops_per_s or not memory_bytes_per_s:
+            raise ValueError("the stage machine has not measured the rates")
+        # One device has no links.
+        return Machine(flops_per_s, memory_bytes_per_s, 1.0, 1.0, (0,))
+
+    times = {}
+    for name, machine in (("published", published), ("measured", measured)):
+        try:
+            bound = simulate(schedule.read(program.as_text() or "", open_trips=open_trips), machine()).bound()
+            times[name] = {
+                "step_s": bound.simulated_s, "overlapped_s": bound.overlapped_s, "in_turn_s": bound.in_turn_s
+            }  # fmt: skip
+        except Exception as error:  # a text that cannot be read must not lose the measurement
+            times[name] = {"not_read": f"{type(error).__name__}: {short(error, 200)}"}
+    return times
 
 
 # ------------------------------------------------------------------ training
@@ -222,9 +262,9 @@ class Steps:
         row |= dataclasses.asdict(case) | {"batch": describe(batch)}
         self.take(case)
         row |= self.port.compile(batch)
-        check_plan(row, self.port.compiled.program)
+        check_plan(row, self.port.compiled.program, self.ask)
         self.time(case, batch, row)
-        plan = f", plan {row['plan_peak_bytes'] / 2**30:.1f} GiB" if row["plan_peak_bytes"] else ""
+        plan = f", plan {row['plan_peak_bytes'] / 2**30:.3g} GiB" if row["plan_peak_bytes"] else ""
         print(f"   {case.name}: {rate_text(row)}{plan}, compiled in {row['compile_s']:.0f} s", flush=True)
 
     def take(self, case: Case, **changes) -> None:
@@ -277,7 +317,7 @@ def letters(ask: Ask, save: Callable) -> None:
         with jax.set_mesh(mesh):
             program = evaluator.jitted.lower(params, put_batch(batch, batch_sharding(mesh))).compile()
         row |= dataclasses.asdict(case) | {"attention": attention_in(program.as_text())}
-        check_plan(row, program)
+        check_plan(row, program, ask, max(case.num_new - 1, 1))
         seconds = spread(
             seconds_of(lambda steps: jax.device_get([evaluator(params, batch) for _ in range(steps)]), REPEATS)
         )
@@ -404,7 +444,7 @@ def limits(trace: dict, flops: dict[str, float], rate: float | None) -> list[str
     ideal = flops["matrix products"] / rate
     lines = [
         (
-            f"a step's products: {flops['matrix products'] / 1e12:.1f} TFLOP in {products * 1e3:.1f} ms, "
+            f"a step's products: {flops['matrix products'] / 1e12:.3g} TFLOP in {products * 1e3:.1f} ms, "
             f"{flops['matrix products'] / products / rate:.1%} of the measured rate, which would need "
             f"{ideal * 1e3:.1f} ms: {ideal / step:.1%} of the step"
         )

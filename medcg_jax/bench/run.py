@@ -23,8 +23,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from medcg_jax.config import MODELS, ConfigError, RunConfig, RunError, has_any_size, model_title
+from medcg_jax.config import MODELS, ConfigError, ModelConfig, RunConfig, RunError, has_any_size, model_title
 from medcg_jax.data.records import DataError
+from medcg_jax.families.weights.hub import resolve
 from medcg_jax.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,7 +129,7 @@ def bench(
 
     Raises:
       ConfigError: an unknown stage, a model that the stages or PyTorch do not have, a batch that does not fit the mesh,
-        or the reference's packages are not installed.
+        a checkpoint that is not there, or the reference's packages are not installed.
       DataError: the run's records cannot be read.
       RunError: a stage failed, or the two sides do different work.
       RuntimeError: a stage does not fit in the device's memory.
@@ -174,6 +175,7 @@ def check(run: RunConfig, stages: Sequence[str], against: str) -> None:
         raise ConfigError(f"stages={','.join(unknown)}: expected some of {', '.join(KNOWN)}")
     if against not in ("", "torch"):
         raise ConfigError(f"against={against!r}: expected 'torch', or nothing")
+    check_checkpoint(run.model)
     family = MODELS[run.model.name]
     special = [name for name in stages if name not in (*DEFAULT, "machine")]
     if special and family != "llava":
@@ -193,6 +195,15 @@ def check(run: RunConfig, stages: Sequence[str], against: str) -> None:
         raise ConfigError(f"--against=torch with stages={','.join(stages)}: train, eval or generate is needed too")
 
 
+def check_checkpoint(model: ModelConfig) -> None:
+    """Raises ConfigError if `model` names a checkpoint that is not there: what it states would not be what is measured."""
+    if model.checkpoint and not resolve(model.checkpoint, weights=False).is_dir():
+        raise ConfigError(
+            f"model.checkpoint={model.checkpoint}: there is no checkpoint; for {model.name} with random weights leave it "
+            "empty (--config.model.checkpoint=)"
+        )
+
+
 def run_and_merge(name: str, ask: Ask, result: dict, out: Path | None, signals: list[int]) -> dict:
     """`result` with the section of the stage, which is run; `out` gets it as it grows.
 
@@ -204,7 +215,10 @@ def run_and_merge(name: str, ask: Ask, result: dict, out: Path | None, signals: 
 
     def keep(status: str, seconds: float) -> None:
         nonlocal merged
-        merged = merge(result, name, {"status": status, "seconds": round(seconds, 1)}, read_json(file))
+        about = {"status": status, "seconds": round(seconds, 1)}
+        if math.isfinite(ask.limit_s):
+            about["limit_s"] = round(ask.limit_s, 1)
+        merged = merge(result, name, about, read_json(file))
         if out:
             write_json(out, merged)
 

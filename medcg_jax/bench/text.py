@@ -27,7 +27,7 @@ def text_of(result: dict) -> str:
     packages = ", ".join(f"{name} {versions[name]}" for name in ("jax", "torch", "transformers") if name in versions)
     mesh = f", mesh {'x'.join(str(n) for n in result['mesh'].values())}" if "mesh" in result else ""
     where = f"{result['num_devices']} x {result['device']}{mesh}" if "device" in result else "no device"
-    lines = [f"{result['model']} ({result['name']}) on {where}, {result['compute_dtype']}; {packages}"]
+    lines = [f"{result['model']} ({result['name']}), random weights, on {where}, {result['compute_dtype']}; {packages}"]
     for name, section in (("train", _train), ("answers", _answers), ("loader", _loader), ("convert", _convert),
                           ("startup", _startup)):  # fmt: skip
         if name in result:
@@ -165,7 +165,7 @@ def conclusions(result: dict) -> dict:
       rematerialisation in bfloat16; letters_vs_generate, letters_vs_forward: both of batch 8;
       letters_best_vs_generate: ours at its own best batch.
     """
-    lines, ratios = machine_lines(result), {}
+    lines, ratios = [*origin_lines(result), *machine_lines(result)], {}
     theirs = [row for name in THEIR_STAGES for row in measured(result, name)]
     their_steps = [row for row in theirs if row["what"] in ("torch train", "torch compiled")]
     for dtype, name in (("bfloat16", "train_best"), ("float32", "train_fp32_best")):
@@ -202,9 +202,40 @@ def conclusions(result: dict) -> dict:
     if adapters:
         lines.append(f"{adapters['case']}: {rate_text(adapters)}")
     lines += [f"{name}: {value:.2f}" for name, value in ratios.items()]
-    lines += memory_lines(result) + result.get("trace", {}).get("limits", [])
-    lines += [f"{name}: {stage['status']}" for name, stage in result["stages"].items() if stage["status"] != "done"]
+    lines += plan_lines(result) + result.get("trace", {}).get("limits", []) + stage_lines(result)
     return {"ratios": ratios, "lines": lines}
+
+
+def origin_lines(result: dict) -> list[str]:
+    """When, on what and with which versions the stage `machine` ran; and what figures of a CPU are not."""
+    if "machine" not in result or "device" not in result:
+        return []
+    driver = result["machine"].get("driver")
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    lines = [
+        f"measured {result['date']} on {result['num_devices']} x {result['device']}"
+        f"{f', driver {driver}' * bool(driver)}: {result['model']}",
+        f"versions: {versions}",
+    ]
+    if result["machine"]["platform"] == "cpu":
+        lines.append(
+            "a CPU ran every stage by the code of an accelerator: it shows that the stages run, and no figure of a GPU"
+        )
+    return lines
+
+
+def stage_lines(result: dict) -> list[str]:
+    """Seconds of all stages, and what became of those that are not done."""
+    taken = [
+        f"{name} {stage['seconds']:.0f}" + f" of {stage['limit_s']:.0f}" * ("limit_s" in stage)
+        for name, stage in result["stages"].items() if "seconds" in stage
+    ]  # fmt: skip
+    lines = [f"seconds of the stages: {', '.join(taken)}"] if taken else []
+    for name, stage in result["stages"].items():
+        if stage["status"] != "done":
+            why = stage.get("error") or stage.get("why")
+            lines.append(f"{name}: {stage['status']}" + f" ({why})" * bool(why))
+    return lines
 
 
 def measured(result: dict, stage: str) -> list[dict]:
@@ -230,13 +261,40 @@ def machine_lines(result: dict) -> list[str]:
     return lines + ([f"memory: {memory / 1e12:.2f} TB/s measured"] if memory else [])
 
 
-def memory_lines(result: dict) -> list[str]:
-    """The plan's peak beside the device's, for rows whose step set a new peak of their process."""
+def plan_lines(result: dict) -> list[str]:
+    """What `plan` says of a step beside what the device did: peak bytes, and seconds by the schedule."""
     lines = []
-    for name in (*OUR_STAGES, "lora"):
+    for name in (*OUR_STAGES, "lora", "letters"):
         for row in measured(result, name):
-            plan, peak = row.get("plan_peak_bytes"), row.get("peak_bytes")
-            if plan and peak and peak > (row.get("peak_bytes_before") or 0):
-                gib = f"{plan / 2**30:.1f} GiB, the device's {peak / 2**30:.1f}"
-                lines.append(f"peak by the plan: {gib} ({plan / peak:.3f} of it): {row['case']}")
+            parts = [*filter(None, (peak_text(row), *simulated_texts(row)))]
+            if parts:
+                lines.append(f"plan beside the device: {row['case']}: {'; '.join(parts)}")
     return lines
+
+
+def peak_text(row: dict) -> str:
+    """The plan's peak, and the device's where this row's program set a new one of its process."""
+    plan, peak = row.get("plan_peak_bytes"), row.get("peak_bytes")
+    if not plan:
+        return ""
+    text = f"peak {plan / 2**30:.3g} GiB by the plan"
+    if not peak:
+        return f"{text}, the device tells none"
+    if peak <= (row.get("peak_bytes_before") or 0):
+        return f"{text}, the device's is of an earlier case"
+    return f"{text}, {peak / 2**30:.3g} the device's ({plan / peak:.3f} of it)"
+
+
+def simulated_texts(row: dict) -> list[str]:
+    """The simulated step beside the measured one, at published peaks and at measured rates; or why there is none."""
+    step, texts, reasons = row.get("step_s", {}).get("median"), [], []
+    for rates, seconds in row.get("simulated", {}).items():
+        if "not_read" in seconds:
+            reasons.append(seconds["not_read"].partition(": ")[2])
+        elif step:
+            by = "published peaks" if rates == "published" else "measured rates"
+            texts.append(
+                f"step {seconds['step_s'] * 1e3:.4g} ms simulated at {by} (bounds {seconds['overlapped_s'] * 1e3:.4g} and "
+                f"{seconds['in_turn_s'] * 1e3:.4g}), {step * 1e3:.4g} measured ({seconds['step_s'] / step:.2f} of it)"
+            )
+    return texts or [f"no step simulated: {reason}" for reason in dict.fromkeys(reasons)]

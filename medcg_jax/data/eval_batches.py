@@ -165,12 +165,12 @@ def _in_common(encoded: Encoded, arrays: Arrays, asked_of: np.ndarray, image_tok
 
     arrays: of the questions. asked_of: int[Q] the record of each.
     """
-    own = encoded.arrays["tokens"][asked_of]
-    differs = own != arrays["tokens"]
-    first = np.where(differs.any(1), differs.argmax(1), own.shape[1])
+    record_tokens = encoded.arrays["tokens"][asked_of]
+    differs = record_tokens != arrays["tokens"]
+    first = np.where(differs.any(1), differs.argmax(1), record_tokens.shape[1])
     common = np.minimum(first, np.minimum(encoded.arrays["length"][asked_of], arrays["length"] - 1))
-    is_image = own == image_token_id
-    ends = np.where(is_image.any(1), own.shape[1] - is_image[:, ::-1].argmax(1), 0)
+    is_image = record_tokens == image_token_id
+    ends = np.where(is_image.any(1), record_tokens.shape[1] - is_image[:, ::-1].argmax(1), 0)
     if (common < ends).any():
         record = encoded.records.records[asked_of[np.argmax(common < ends)]]
         raise ValueError(f"record {record.id}: a control differs from its question before the end of the image")

@@ -4,7 +4,7 @@ Everything in it was recorded by the training (`meta.json`, or a grid's `config.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -135,8 +135,8 @@ def box_results_of(file: Path) -> dict[str, dict]:
     return results
 
 
-def model_card(checkpoint: Checkpoint, training: Training, to: str) -> str:
-    """The text of the card. to: as of `medcg convert`, "hf" or "peft"."""
+def model_card(checkpoint: Checkpoint, training: Training, to: str, notes: Sequence[str] = ()) -> str:
+    """The text of the card. to: as of `medcg convert`, "hf" or "peft". notes: further limits, of this export."""
     family = registry.of(checkpoint.config)
     base = start_of(checkpoint, training)
     title = f"{family.title.removesuffix('-7B')}, {'fine-tuned' if training.config else 'converted'} with medcg-jax"
@@ -150,7 +150,7 @@ def model_card(checkpoint: Checkpoint, training: Training, to: str) -> str:
         sections["What it is"] = [
             f"The weights of {release} in transformers' layout; the card of that release applies."
         ]
-    sections["Limits"] = limit_lines(checkpoint.config, training)
+    sections["Limits"] = [*limit_lines(checkpoint.config, training), *(f"- In this export {note}." for note in notes)]
     sections["Licence"] = licence_lines(base, training)
     sections["How it was made, and how to use it"] = use_lines(family, base, to)
     lines = [*front_matter(family, base, to), f"# {title}"]

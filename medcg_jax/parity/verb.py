@@ -34,6 +34,7 @@ from medcg_jax.families.weights.kind import check_is_released
 from medcg_jax.mesh import make_mesh
 from medcg_jax.parity.rows import TELLING, Row, compared, judged, read_arrays, report
 from medcg_jax.parity.weights import Arrays, fingerprints, params_of, telling, tensors_of, weight_rows
+from medcg_jax.train.checkpoint import check_whole
 
 # Family -> the module that describes its reference: inputs, stages, and where HF's model has them.
 FAMILIES: dict[str, ModuleType] = {family.name: family.reference for family in registry.families() if family.parity}
@@ -57,6 +58,7 @@ def parity(src: Path, *, inputs: Path | None = None, record: Path | None = None,
     against: the released directory that the reference reads; None: `src`.
 
     Raises:
+      CheckpointError: files of a checkpoint that has their digests are missing or damaged.
       WeightsError: no checkpoint, arrays missing or of wrong shapes, or PyTorch is needed and not installed.
     """
     if inputs is not None and (record or against):
@@ -65,6 +67,8 @@ def parity(src: Path, *, inputs: Path | None = None, record: Path | None = None,
         raise WeightsError(f"{src} holds arrays of original code; in a checkout: python -m tests.golden {src}")
     if inputs is None and against is None:
         check_is_released(src)
+    for folder in filter(None, (src, against)):
+        check_whole(folder)
     config, notes = _read(src)
     mesh = make_mesh(devices=jax.devices()[:1])
     with jax.default_matmul_precision("highest"):

@@ -198,12 +198,12 @@ def test_every_stage_here_is_measured_and_shown(request, tmp_path):
         request.getfixturevalue("torch")
     asked = ("train", "eval", "generate", "loader", "convert")
     ask = Ask(RUN, asked, against, repeats=2, steps=1, matrix_sizes=(64,), scratch=tmp_path)
-    found = {"name": "tiny", "model": "llava15_tiny", "compute_dtype": "float32", "trainable": ["projector", "decoder"],
+    result = {"name": "tiny", "model": "llava15_tiny", "compute_dtype": "float32", "trainable": ["projector", "decoder"],
              "stages": {}, "ratios": {}, "notes": [], "memory": {}}  # fmt: skip
     for name in ("train", "answers", "loader", "convert"):
         assert bench.run_here(name, ask, tmp_path / f"{name}.json") == 0
-        found = bench.merge(found, name, {"status": "done"}, bench.read_json(tmp_path / f"{name}.json"))
-    train, answers = found["train"], found["answers"]
+        result = bench.merge(result, name, {"status": "done"}, bench.read_json(tmp_path / f"{name}.json"))
+    train, answers = result["train"], result["answers"]
     port = train["runners"]["port"]
     assert 0 < port["step_s"]["min"] <= port["step_s"]["median"] <= port["step_s"]["max"] and port["step_s"]["n"] == 2
     assert port["samples_per_cpu_s"] == pytest.approx(8 / port["cpu_s"]["median"])
@@ -212,16 +212,16 @@ def test_every_stage_here_is_measured_and_shown(request, tmp_path):
         train["flops"]["full"] / port["step_s"]["median"] / train["matrix"]["flops_per_s"]
     )
     assert 0 <= train["data_wait"]["share"] < 1 and train["compile"]["program_bytes"] > 0
-    assert answers["rows"] == 32 and found["memory"]["host_peak_bytes"] > 1e8
-    assert found["loader"]["decoded when drawn"]["batches_per_s"] > 0
-    assert found["convert"]["model"] == "llava15_tiny" and found["convert"]["to_hf"]["n"] == 2
-    printed = text.text_of(found | {"conclusions": text.conclusions(found)})
+    assert answers["rows"] == 32 and result["memory"]["host_peak_bytes"] > 1e8
+    assert result["loader"]["decoded when drawn"]["batches_per_s"] > 0
+    assert result["convert"]["model"] == "llava15_tiny" and result["convert"]["to_hf"]["n"] == 2
+    printed = text.text_of(result | {"conclusions": text.conclusions(result)})
     for words in ("model FLOPs", "causal", "waiting for data", "no peak is published", "HF to Orbax", "memory in use"):
         assert words in printed
     if not against:
-        assert found["ratios"] == {}
+        assert result["ratios"] == {}
         return
-    assert set(found["ratios"]) == {
+    assert set(result["ratios"]) == {
         "train_vs_eager", "train_vs_compile", "eval_vs_generate", "eval_vs_forward", "generate_vs_generate"
     }  # fmt: skip
     assert answers["torch_generated_tokens"] == 2
@@ -231,16 +231,16 @@ def test_every_stage_here_is_measured_and_shown(request, tmp_path):
         ("eval_vs_generate", "port letters", "torch generate", answers["runners"]),
     ):
         medians = runners[theirs]["cpu_s"]["median"] / runners[ours]["cpu_s"]["median"]
-        found_ratio = found["ratios"][name]
+        found_ratio = result["ratios"][name]
         assert found_ratio["by"] == "cpu" and found_ratio["min"] * 0.5 < medians < found_ratio["max"] * 2
         assert found_ratio["min"] <= found_ratio["median"] <= found_ratio["max"]
 
 
 @pytest.mark.long
 def test_the_verb_runs_a_process_a_stage(tmp_path, capsys):
-    found = bench.bench(RUN, stages=("startup", "loader"), repeats=1, steps=1)
-    assert list(found["stages"]) == ["startup", "loader"] and found["mesh"]["data"] * found["mesh"]["fsdp"] == 8
-    for start in (found["startup"][name] for name in ("cold", "warm")):
+    result = bench.bench(RUN, stages=("startup", "loader"), repeats=1, steps=1)
+    assert list(result["stages"]) == ["startup", "loader"] and result["mesh"]["data"] * result["mesh"]["fsdp"] == 8
+    for start in (result["startup"][name] for name in ("cold", "warm")):
         phases = [start[name] for name in ("imports", "data", "compiled", "first_step")]
         assert phases == sorted(phases) and phases[0] > 0 and start["cpu_s"] > 0
     assert "start of a process" in capsys.readouterr().out
@@ -279,10 +279,10 @@ def test_records_that_cannot_be_opened_have_a_stand_in(tmp_path):
     assert lengths.max() == 26 and lengths.min() >= 13
     with pytest.raises(ConfigError, match="cannot be split"):
         open_rows(replace(RUN, train__batch_size=6))
-    own = open_rows(RUN).setup
-    sets = loader_rows(own)
+    setup = open_rows(RUN).setup
+    sets = loader_rows(setup)
     assert sets["decoded before"].images is not None and sets["decoded when drawn"].images is None
-    few = some_records(own, "train", 40)
+    few = some_records(setup, "train", 40)
     assert len(few) == 40 and len({record.id for record in few.records}) == 16
 
 
@@ -305,17 +305,17 @@ def test_turns_alternate_and_ratios_are_of_pairs():
     spent = turns(runners, 2, clock=lambda: Spent(*clock))
     assert calls[-4:] == [("a", 4), ("b", 1), ("a", 4), ("b", 1)] and len(calls) == 8
     assert spent["a"] == [Spent(0.25, 0.5), Spent(0.75, 0.5)] and spent["b"] == [Spent(100.0, 1.0), Spent(300.0, 1.0)]
-    found = ratio(spent["a"], spent["b"], by="cpu")
-    assert (found["median"], found["by"], found["wall"]["min"], found["wall"]["max"]) == (2.0, "cpu", 400.0, 400.0)
+    ratios = ratio(spent["a"], spent["b"], by="cpu")
+    assert (ratios["median"], ratios["by"], ratios["wall"]["min"], ratios["wall"]["max"]) == (2.0, "cpu", 400.0, 400.0)
     assert ratio(spent["a"], spent["b"], by="wall")["median"] == 400.0
-    half = [Spent(one.wall_s / 2, one.cpu_s / 2) for one in spent["b"]]
+    half = [Spent(taken.wall_s / 2, taken.cpu_s / 2) for taken in spent["b"]]
     assert ratio(spent["a"], half, by="cpu")["median"] == 1.0
 
 
 def test_the_matrix_s_rate_is_the_best_of_its_sizes():
-    found = matrix_rate("float32", sizes=(32, (128, 64, 32)), repeats=2)
-    assert found["flops_per_s"] == max(row["flops_per_s"] for row in found["by_size"].values())
-    assert found["flops_per_cpu_s"] > 0 and set(found["by_size"]) == {"32", "128x64x32"}
+    rate = matrix_rate("float32", sizes=(32, (128, 64, 32)), repeats=2)
+    assert rate["flops_per_s"] == max(row["flops_per_s"] for row in rate["by_size"].values())
+    assert rate["flops_per_cpu_s"] > 0 and set(rate["by_size"]) == {"32", "128x64x32"}
 
 
 # ------------------------------------------------------------------ start-up

@@ -1,9 +1,11 @@
 """The framework of `medcg bench`: no stage loses another's results, each is ended in time, and what is missing is said."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import pickle
+import runpy
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from medcg_jax.bench import cases, checks, text
 from medcg_jax.bench import run as bench
 from medcg_jax.bench.cases import Case
 from medcg_jax.bench.run import Ask, Stage
+from medcg_jax.chips import Peak
 from medcg_jax.cli import main
 from medcg_jax.config import ConfigError, DataConfig, ModelConfig, RunConfig, RunError
 
@@ -59,13 +62,13 @@ def test_stages_that_hang_or_die_keep_what_they_wrote_and_the_others_still_run(t
         "time.sleep(60 if flags['stage'] == 'slow' else 0)\n"
         "os.kill(os.getpid(), signal.SIGKILL) if flags['stage'] == 'dies' else None\n"
     )
-    found = run_script(tmp_path, monkeypatch, body, {"slow": 6, "dies": 30, "lives": 30})
-    assert time.monotonic() - began < 40 and found["exit"] == 1
-    assert found["stages"]["slow"]["status"].startswith("stopped")
-    assert found["stages"]["dies"]["status"] == "failed with exit status -9"
-    assert found["stages"]["lives"]["status"] == "done"
-    assert [found[name] for name in ("slow", "dies", "lives")] == [{"found": 1}] * 3
-    assert any(line.startswith("slow: stopped") for line in found["conclusions"]["lines"])
+    result = run_script(tmp_path, monkeypatch, body, {"slow": 6, "dies": 30, "lives": 30})
+    assert time.monotonic() - began < 40 and result["exit"] == 1
+    assert result["stages"]["slow"]["status"].startswith("stopped")
+    assert result["stages"]["dies"]["status"] == "failed with exit status -9"
+    assert result["stages"]["lives"]["status"] == "done"
+    assert [result[name] for name in ("slow", "dies", "lives")] == [{"found": 1}] * 3
+    assert any(line.startswith("slow: stopped") for line in result["conclusions"]["lines"])
 
 
 def test_what_a_running_stage_has_written_is_already_in_the_file(tmp_path, monkeypatch):
@@ -79,8 +82,8 @@ def test_what_a_running_stage_has_written_is_already_in_the_file(tmp_path, monke
         "        json.dump({'found': 2, 'seen': seen['stages']['one']['status']}, open(flags['json'], 'w'))\n"
         "        break\n"
     )
-    found = run_script(tmp_path, monkeypatch, body, {"one": 30})
-    assert found["one"]["seen"] == "running" and found["stages"]["one"]["status"] == "done"
+    result = run_script(tmp_path, monkeypatch, body, {"one": 30})
+    assert result["one"]["seen"] == "running" and result["stages"]["one"]["status"] == "done"
 
 
 def test_told_to_stop_it_ends_its_stage_and_keeps_the_file(tmp_path, monkeypatch):
@@ -92,8 +95,8 @@ def test_told_to_stop_it_ends_its_stage_and_keeps_the_file(tmp_path, monkeypatch
     with pytest.raises(SystemExit, match="143"):
         run_script(tmp_path, monkeypatch, body, {"one": 50, "two": 50})
     assert signal.getsignal(signal.SIGTERM) is before
-    found = in_file(tmp_path / "out.json")
-    assert found["one"] == {"found": 1} and "two" not in found["stages"]
+    result = in_file(tmp_path / "out.json")
+    assert result["one"] == {"found": 1} and "two" not in result["stages"]
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
@@ -102,8 +105,8 @@ def test_time_that_is_over_and_earlier_files(tmp_path, monkeypatch):
     earlier = {"stages": {"b": {"status": "done"}}, "b": {"found": 7}}
     (tmp_path / "earlier.json").write_text(json.dumps(earlier))
     more = ("--time=3", f"--so_far={tmp_path}/earlier.json")
-    found = run_script(tmp_path, monkeypatch, "", {"a": 30}, more)
-    assert found["stages"]["a"]["status"] == "no time left" and found["exit"] == 1 and found["b"]["found"] == 7
+    result = run_script(tmp_path, monkeypatch, "", {"a": 30}, more)
+    assert result["stages"]["a"]["status"] == "no time left" and result["exit"] == 1 and result["b"]["found"] == 7
 
 
 def test_a_stage_of_the_verb_that_fails_is_the_verbs_error(tmp_path):
@@ -140,6 +143,10 @@ def test_wrong_flags_of_the_module_are_one_line(tmp_path, flag, capsys):
         ),
         (["--against=torch", "--stages=loader"], "train, eval or generate is needed"),
         (["--stages=train", "--config.train.batch_size=12"], "cannot be split over data x fsdp = 8"),
+        (
+            ["--config.model.checkpoint=checkpoints/nowhere"],
+            "model.checkpoint=checkpoints/nowhere: there is no checkpoint; for llava15_bench with random weights leave it",
+        ),
     ],
 )
 def test_wrong_use_of_the_verb_is_one_line(flags, message, capfd):
@@ -220,6 +227,8 @@ def test_memory_grows_with_batches_and_with_what_is_kept():
 
 def test_a_plan_above_the_devices_memory_is_not_run(monkeypatch):
     class Device:
+        device_kind = "cpu"
+
         @staticmethod
         def memory_stats():
             return {"bytes_limit": 10, "peak_bytes_in_use": 3}
@@ -228,9 +237,64 @@ def test_a_plan_above_the_devices_memory_is_not_run(monkeypatch):
     program = jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((64, 64), jnp.float32)).compile()
     row = {}
     with pytest.raises(MemoryError) as error:
-        cases.check_plan(row, program)
+        cases.check_plan(row, program, Ask(TINY))
     assert bench.out_of_memory(error.value)
     assert row["limit_bytes"] == 10 and row["peak_bytes_before"] == 3 and row["plan_peak_bytes"] >= 2 * 64 * 64 * 4
+
+
+def test_a_step_is_simulated_at_published_and_at_measured_rates(monkeypatch):
+    """A product of 64 x 64 matrices, by hand: 2 x 64^3 FLOPs, or three arrays over the memory."""
+    program = jax.jit(lambda x, y: x @ y).lower(*[jax.ShapeDtypeStruct((64, 64), jnp.float32)] * 2).compile()
+    machine = {"matmul": {"flops_per_s": 1e6}, "memory_bytes_per_s": 1e5}
+    times = cases.simulated(program, Ask(TINY, so_far={"machine": machine}))
+    assert times["published"] == {"not_read": "ValueError: no peak is published for cpu"}
+    products, moved = 2 * 64**3 / 1e6, 3 * 64 * 64 * 4 / 1e5
+    assert times["measured"] == pytest.approx(
+        {"step_s": max(products, moved), "overlapped_s": max(products, moved), "in_turn_s": products + moved}
+    )
+    monkeypatch.setattr(cases, "peak_of", lambda kind: Peak(2e6, 4e5, None, None, ""))
+    times = cases.simulated(program, Ask(TINY))
+    assert times["published"]["step_s"] == pytest.approx(max(products / 2, moved / 4))
+    assert "has not measured" in times["measured"]["not_read"]
+    # What the reader does not know must not cost the measured time.
+    monkeypatch.setattr(cases.schedule, "read", lambda text, open_trips: {}["unknown"])
+    assert cases.simulated(program, Ask(TINY))["published"] == {"not_read": "KeyError: 'unknown'"}
+
+
+def test_simulated_and_measured_steps_stand_side_by_side():
+    row = {"case": "c", "samples_per_s": 1.0, "plan_peak_bytes": 2**30, "step_s": {"median": 0.5}, "simulated": {
+        "published": {"step_s": 0.4, "overlapped_s": 0.3, "in_turn_s": 0.6}, "measured": {"not_read": "no rates"}}}  # fmt: skip
+    (line,) = text.plan_lines({"letters": {"rows": [row]}})
+    assert line == (
+        "plan beside the device: c: peak 1 GiB by the plan, the device tells none; step 400 ms simulated at published peaks "
+        "(bounds 300 and 600), 500 measured (0.80 of it)"
+    )
+    row["simulated"] = dict.fromkeys(("published", "measured"), {"not_read": "ValueError: a loop without an end"})
+    (line,) = text.plan_lines({"letters": {"rows": [row]}})
+    assert line.endswith("the device tells none; no step simulated: a loop without an end")
+    row |= {"peak_bytes": 2**31, "peak_bytes_before": 2**31}
+    assert "the device's is of an earlier case" in text.plan_lines({"lora": {"rows": [row]}})[0]
+
+
+def test_a_tiny_model_runs_every_kind_of_case():
+    """At another size, and none is left out: what a GPU runs is what a CPU has run."""
+
+    def kinds(case):
+        return dataclasses.replace(case, batch_size=0, rank=bool(case.rank))
+
+    for stage, full in cases.CASES.items():
+        small = cases.cases(Ask(TINY, stage=stage))
+        assert {kinds(case) for case in small} == {kinds(case) for case in full}, stage
+        assert {case.batch_size for case in small} == {cases.SMALL} and len(set(small)) == len(small)
+
+
+def test_the_time_of_a_lent_machine_is_kept():
+    """10 minutes a command, 15 in all: the stages that the figures are from cannot starve one another."""
+    config = runpy.run_path(ROOT / "configs" / "bench_gpu.py")
+    limits = {name: bench.STAGES[name].limit_s for name in config["STAGES"]}
+    first = config["STAGES"][: config["STAGES"].index("trace") + 1]
+    assert first == ("machine", "train_bf16", "torch", "letters", "trace")
+    assert sum(limits[name] for name in first) == 450 <= config["TIME_S"] <= 580
 
 
 def test_the_fastest_case_is_taken_up_again():
@@ -270,12 +334,16 @@ def test_conclusions_compare_like_with_like():
         "torch": {"rows": [row("torch train", 3.0, 8), row("torch train", 4.0, 16, remat="full"),
                            row("torch generate", 8.0, 8), row("torch forward", 20.0, 8)]},
     }  # fmt: skip
-    found = text.conclusions(result)
-    assert found["ratios"] == {
+    concluded = text.conclusions(result)
+    assert concluded["ratios"] == {
         "train_best": 9 / 4, "train_same_batch": 2.0, "letters_vs_generate": 10.0, "letters_best_vs_generate": 12.5,
         "letters_vs_forward": 4.0, "letters_best_vs_forward": 5.0,
     }  # fmt: skip
-    assert any("(0.900 of it): train" in line for line in found["lines"]) and "torch_fp32: skipped" in found["lines"]
+    assert (
+        "plan beside the device: train: peak 8.38e-08 GiB by the plan, 9.31e-08 the device's (0.900 of it)"
+        in concluded["lines"]
+    )
+    assert "torch_fp32: skipped" in concluded["lines"]
     result["torch"]["rows"][0]["samples_per_s"] = 1.5
     assert text.conclusions(result)["ratios"]["train_same_batch"] == 4.0
     assert text.conclusions({"stages": {}}) == {"ratios": {}, "lines": []}
@@ -299,11 +367,11 @@ def test_numerics_that_differ_are_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checks, "ten_steps", ten_steps)
     assert bench.run_here("numerics", Ask(TINY), tmp_path / "out.json") == 1
-    found = in_file(tmp_path / "out.json")
-    assert found["rows"]["float32"]["losses"] == 0.0
-    assert found["rows"]["float32, default products"]["losses"] == pytest.approx(1e-3)
+    result = in_file(tmp_path / "out.json")
+    assert result["rows"]["float32"]["losses"] == 0.0
+    assert result["rows"]["float32, default products"]["losses"] == pytest.approx(1e-3)
     # What is shown alone is not judged; a NaN is.
-    assert found["error"].startswith("RuntimeError: bfloat16: losses nan")
+    assert result["error"].startswith("RuntimeError: bfloat16: losses nan")
 
 
 @pytest.mark.long
@@ -320,9 +388,9 @@ def test_the_parity_stage_names_the_model_that_is_wrong(tmp_path, monkeypatch):
 
     monkeypatch.setattr(parity, "parity", compare)
     assert bench.run_here("parity", Ask(TINY), tmp_path / "out.json") == 1
-    found = in_file(tmp_path / "out.json")
-    assert [model["ok"] for model in found["models"].values()] == [True, False]
-    assert "grouped_heads: logits" in found["error"] and "own_heads" not in found["error"]
+    result = in_file(tmp_path / "out.json")
+    assert [model["ok"] for model in result["models"].values()] == [True, False]
+    assert "grouped_heads: logits" in result["error"] and "own_heads" not in result["error"]
 
 
 # ------------------------------------------------------------------ a bare machine
@@ -355,23 +423,56 @@ def test_a_bare_machine_runs_the_command(tmp_path, stages):
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    found = in_file(tmp_path / "out.json")
-    machine = found["machine"]
-    assert machine["platform"] == "cpu" and {"jax", "flax", "optax", "python"} <= set(found["versions"])
+    result = in_file(tmp_path / "out.json")
+    machine = result["machine"]
+    assert machine["platform"] == "cpu" and {"jax", "flax", "optax", "python"} <= set(result["versions"])
     rates = [row["flops_per_s"] for row in machine["matmul"]["by_size"].values()]
     assert machine["matmul"]["flops_per_s"] == max(rates) > 0 and machine["memory_bytes_per_s"] > 0
     assert "== what it comes to" in done.stdout
     if "torch" in stages:
-        assert found["stages"]["torch"]["status"] == found["stages"]["parity"]["status"] == "skipped"
-        assert "torch" in found["stages"]["torch"]["why"]
+        assert result["stages"]["torch"]["status"] == result["stages"]["parity"]["status"] == "skipped"
+        assert "torch" in result["stages"]["torch"]["why"]
         return
-    (row,) = found["train_fp32"]["rows"]
+    (row,) = result["train_fp32"]["rows"]
     assert row["mfu_of_measured"] > 0 and row["plan_peak_bytes"] > 0 and row["batch"]["size"] == 2
-    assert [row["num_new"] for row in found["letters"]["rows"]] == [0, 4]
-    assert all(row["samples_per_s"] > 0 for row in found["letters"]["rows"])
-    assert found["trace"]["trace"]["steps"] == 2
-    assert found["trace"]["trace"]["kinds"]["matrix products"]["seconds"] > 0
-    assert any("lost to" in line for line in found["trace"]["limits"])
+    assert [row["num_new"] for row in result["letters"]["rows"]] == [0, 4]
+    assert all(row["samples_per_s"] > 0 for row in result["letters"]["rows"])
+    assert result["trace"]["trace"]["steps"] == 2
+    assert result["trace"]["trace"]["kinds"]["matrix products"]["seconds"] > 0
+    assert any("lost to" in line for line in result["trace"]["limits"])
+
+
+@pytest.mark.long
+def test_the_whole_script_runs_on_a_cpu(tmp_path):
+    """Every stage, by the code of a GPU and at a tiny size, and a summary that says what was measured where."""
+    argv = ["bash", "launch/bench_gpu.sh", str(tmp_path / "out.json"), "--model=llava15_tiny", "--time=20000"]
+    here = {"PYTHON": sys.executable, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    done = subprocess.run(
+        argv, cwd=ROOT, env=os.environ | here, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1800,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result = in_file(tmp_path / "out.json")
+    stages = runpy.run_path(ROOT / "configs" / "bench_gpu.py")["STAGES"]
+    status = {name: result["stages"][name]["status"] for name in stages}
+    has_torch = importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")
+    of_torch = dict.fromkeys(("torch", "torch_fp32", "parity"), "done" if has_torch else "skipped")
+    assert status == dict.fromkeys(stages, "done") | of_torch
+    for stage in cases.CASES:
+        rows = result.get(stage, {}).get("rows", [])
+        measured = [row["case"] for row in rows if row.get("samples_per_s")]
+        assert measured == ([case.name for case in cases.cases(Ask(TINY, stage=stage))] if rows else [])
+        assert rows or not has_torch
+    lines = result["conclusions"]["lines"]
+    for row in result["train_bf16"]["rows"]:
+        simulated = row["simulated"]["measured"]
+        assert 0 < simulated["overlapped_s"] <= simulated["step_s"] <= simulated["in_turn_s"]
+        assert any(line.startswith(f"plan beside the device: {row['case']}: peak") for line in lines)
+    assert result["date"][:10] in lines[0] and "cpu" in lines[0] and f"jax {jax.__version__}" in lines[1]
+    assert "no figure of a GPU" in lines[2] and lines[-1].startswith("seconds of the stages: machine")
+    ratios = ("train_best", "train_same_batch", "letters_vs_generate", "letters_vs_forward") if has_torch else ()
+    assert set(ratios) <= set(result["conclusions"]["ratios"])
+    assert "\n".join(f"   {line}" for line in lines) in done.stdout
 
 
 def test_a_stage_has_the_allocator_of_every_verb(tmp_path, monkeypatch):

@@ -29,21 +29,21 @@ def test_the_page_is_what_is_measured():
 
 @pytest.mark.long
 def test_both_sides_make_the_same_steps(monkeypatch):
-    made = []
+    runs = []
     start = cells.Training.run
 
     def run(self, num_steps):
         start(self, num_steps)
-        made.append((self.num_cells, num_steps, self.state.step.tolist()))
+        runs.append((self.num_cells, num_steps, self.state.step.tolist()))
 
     monkeypatch.setattr(cells.Training, "run", run)
     small = dict.fromkeys(("train.batch_size", "base.batch_size", "eval.batch_size"), "8")
-    found = cells.bench_cells(load(CONFIG, small), num_cells=2, num_steps=1, num_blocks=2)
-    assert [m[:2] for m in made] == [(2, 2), (1, 2), (2, 1), (1, 2), (2, 1), (1, 2)]
-    assert made[-2][2] == [4, 4] and made[-1][2] == 6
-    assert {len(s) for s in (*found["wall_s"].values(), *found["cpu_s"].values())} == {2}
-    medians = [sum(found["wall_s"][name]) / 2 for name in ("at_once", "one_by_one")]
-    assert found["ratio"] == pytest.approx(medians[0] / medians[1])
+    figures = cells.bench_cells(load(CONFIG, small), num_cells=2, num_steps=1, num_blocks=2)
+    assert [m[:2] for m in runs] == [(2, 2), (1, 2), (2, 1), (1, 2), (2, 1), (1, 2)]
+    assert runs[-2][2] == [4, 4] and runs[-1][2] == 6
+    assert {len(s) for s in (*figures["wall_s"].values(), *figures["cpu_s"].values())} == {2}
+    medians = [sum(figures["wall_s"][name]) / 2 for name in ("at_once", "one_by_one")]
+    assert figures["ratio"] == pytest.approx(medians[0] / medians[1])
 
 
 def test_the_command_leaves_its_numbers(tmp_path, monkeypatch, capsys):
@@ -68,12 +68,12 @@ def test_the_copies_that_it_plants_are_found(tmp_path, capsys):
     file = tmp_path / "figures.json"
     flags = ["--images=240", "--longest-side=200", "--hashes=3000", f"--dir={tmp_path}", f"--json={file}"]
     assert duplicates.main(flags) == 0
-    found = json.loads(file.read_text())
-    assert [row["images"] for row in found["rows"]] == [60, 120, 240]
-    assert [row["hashed"] for row in found["rows"]] == [60, 120, 240]
+    record = json.loads(file.read_text())
+    assert [row["images"] for row in record["rows"]] == [60, 120, 240]
+    assert [row["hashed"] for row in record["rows"]] == [60, 120, 240]
     # One in ten is a copy of the one before it.
-    assert all(row["pairs"] >= 0.08 * row["images"] for row in found["rows"])
-    assert found["fits"]["hash"]["million_cpu_s"] > 0 and "a million" in capsys.readouterr().out
+    assert all(row["pairs"] >= 0.08 * row["images"] for row in record["rows"])
+    assert record["fits"]["hash"]["million_cpu_s"] > 0 and "a million" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -81,10 +81,10 @@ def test_products_of_calls_are_counted_and_need_not_run():
     rows, columns = np.ones((4, 8), np.float32), np.ones((8, 3), np.float32)
     for runs in (False, True):
         counted = grid_tests.Counted(jax.jit(lambda x, y: x @ y), runs=runs, generated=2)
-        found = [counted(rows, columns), counted(rows, columns), counted(rows[:2], columns)]
+        counts = [counted(rows, columns), counted(rows, columns), counted(rows[:2], columns)]
         assert counted.flops == 2 * (4 + 4 + 2) * 8 * 3 and counted.steps == 6
-        assert [x.shape for x in found] == [(4, 3), (4, 3), (2, 3)] and all(
-            (np.asarray(x) == 8 * runs).all() for x in found
+        assert [x.shape for x in counts] == [(4, 3), (4, 3), (2, 3)] and all(
+            (np.asarray(x) == 8 * runs).all() for x in counts
         )
 
 
@@ -103,9 +103,9 @@ def test_the_tests_before_are_all_rows_once():
 
 def test_a_million_is_extrapolated_by_what_was_measured():
     seconds = [{"wall_s": 2 * n / 1e3, "cpu_s": 3 * n**2 / 1e9} for n in (10_000, 20_000, 40_000)]
-    found = duplicates.fit((10_000, 20_000, 40_000), seconds, 2)
-    assert found["exponent"] == pytest.approx(2) and found["exponent_wall"] == pytest.approx(1)
-    assert found["million_wall_s"] == pytest.approx(2000) and found["million_cpu_s"] == pytest.approx(3e12 / 1e9 / 2)
+    fitted = duplicates.fit((10_000, 20_000, 40_000), seconds, 2)
+    assert fitted["exponent"] == pytest.approx(2) and fitted["exponent_wall"] == pytest.approx(1)
+    assert fitted["million_wall_s"] == pytest.approx(2000) and fitted["million_cpu_s"] == pytest.approx(3e12 / 1e9 / 2)
 
 
 @pytest.fixture(scope="module")
@@ -119,12 +119,12 @@ def folders(tmp_path_factory):
 
 @pytest.mark.long
 def test_it_runs_and_its_ratios_are_of_its_own_figures(folders):
-    found = loader.compare(*folders, images=64, rounds=1)
-    rows = found["loaders"]
-    assert set(rows) == {"torch, raw files", "medcg, raw files", "medcg, prepared"} and found["images"] == 64
-    for name, ratio in found["ratio_to_torch"].items():
+    figures = loader.compare(*folders, images=64, rounds=1)
+    rows = figures["loaders"]
+    assert set(rows) == {"torch, raw files", "medcg, raw files", "medcg, prepared"} and figures["images"] == 64
+    for name, ratio in figures["ratio_to_torch"].items():
         assert ratio == pytest.approx(rows[name]["images_per_s"] / rows["torch, raw files"]["images_per_s"])
-    assert found["versions"]["pillow"] and found["date"]
+    assert figures["versions"]["pillow"] and figures["date"]
 
 
 @pytest.mark.long
@@ -157,9 +157,9 @@ def test_a_second_start_compiles_nothing(tmp_path, capsys):
     cold, warm = json.loads(file.read_text()).values()
     assert cold["compiled"] >= 2 and cold["from_cache"] == 0
     assert warm["compiled"] == 0 and warm["from_cache"] == cold["compiled"] and warm["cache_bytes"] > 0
-    for one in (cold, warm):
-        assert [name for name, _, _ in one["parts"]] == PARTS
-        assert all(wall >= 0 and cpu >= 0 for _, wall, cpu in one["parts"])
+    for start in (cold, warm):
+        assert [name for name, _, _ in start["parts"]] == PARTS
+        assert all(wall >= 0 and cpu >= 0 for _, wall, cpu in start["parts"])
     assert dict(zip(PARTS, warm["parts"]))["imports"][1] > 0
     printed = capsys.readouterr().out
     assert "to the first step" in printed and "0 programs compiled" in printed
@@ -167,8 +167,8 @@ def test_a_second_start_compiles_nothing(tmp_path, capsys):
 
 def test_a_cache_that_serves_nothing_is_told(monkeypatch, capsys):
     """The planted fault: the second process compiles again."""
-    one = {"parts": [("python", 0.1, 0.1)], "compiled": 2, "from_cache": 0}
-    monkeypatch.setattr(startup, "measure", lambda *args: dict(one))
+    start = {"parts": [("python", 0.1, 0.1)], "compiled": 2, "from_cache": 0}
+    monkeypatch.setattr(startup, "measure", lambda *args: dict(start))
     assert startup.main([f"--config={CONFIG}"]) == 1
     assert "2 programs compiled, 0 from the cache" in capsys.readouterr().out
 

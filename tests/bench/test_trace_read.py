@@ -69,27 +69,27 @@ def write(path, text):
 def test_a_gpus_time_by_kind_adds_up(tmp_path, capsys):
     write(tmp_path / "plugins" / "profile" / "now" / "host.xplane.pb", GPU)
     assert trace_read.main([str(tmp_path), "--steps=2", f"--json={tmp_path}/out.json"]) == 0
-    found = json.loads((tmp_path / "out.json").read_text())
-    assert found["device"] == "/device:GPU:0" and found["num_devices"] == 1
-    microseconds = {kind: round(one["seconds"] * 1e6, 6) for kind, one in found["kinds"].items()}
+    trace = json.loads((tmp_path / "out.json").read_text())
+    assert trace["device"] == "/device:GPU:0" and trace["num_devices"] == 1
+    microseconds = {kind: round(times["seconds"] * 1e6, 6) for kind, times in trace["kinds"].items()}
     assert microseconds == {
         "collectives": 0, "attention": 2, "matrix products": 4, "copies": 3, "other fusions": 1, "idle": 2
     }  # fmt: skip
-    assert found["span_s"] == pytest.approx(9e-6) and found["busy_s"] == pytest.approx(7e-6)
-    assert found["longest_gap_s"] == pytest.approx(2e-6)
-    assert found["kinds"]["matrix products"]["share"] == pytest.approx(4 / 9)
-    assert found["longest"][0]["name"] == "nvjet_tst_128x256_64x4 [custom-call.7]"
+    assert trace["span_s"] == pytest.approx(9e-6) and trace["busy_s"] == pytest.approx(7e-6)
+    assert trace["longest_gap_s"] == pytest.approx(2e-6)
+    assert trace["kinds"]["matrix products"]["share"] == pytest.approx(4 / 9)
+    assert trace["longest"][0]["name"] == "nvjet_tst_128x256_64x4 [custom-call.7]"
     out = capsys.readouterr().out
     assert "0.0 ms a step" in out and "nvjet" in out and "idle" in out
 
 
 def test_what_a_loop_holds_counts_once(tmp_path):
-    found = trace_read.read(write(tmp_path / "host.xplane.pb", TPU))
-    microseconds = {kind: round(one["seconds"] * 1e6, 6) for kind, one in found["kinds"].items()}
+    trace = trace_read.read(write(tmp_path / "host.xplane.pb", TPU))
+    microseconds = {kind: round(times["seconds"] * 1e6, 6) for kind, times in trace["kinds"].items()}
     assert microseconds["matrix products"] == 6 and microseconds["collectives"] == 2
     assert microseconds["other fusions"] == 0
     # The loop's own time, in which none of its operations ran.
-    assert found["span_s"] == pytest.approx(11e-6) and found["idle_s"] == pytest.approx(3e-6)
+    assert trace["span_s"] == pytest.approx(11e-6) and trace["idle_s"] == pytest.approx(3e-6)
 
 
 def test_one_operation_inside_another_leaves_it_the_rest():
@@ -97,17 +97,17 @@ def test_one_operation_inside_another_leaves_it_the_rest():
         return trace_read.Op(name, "copies", "line", start, end)
 
     ops = [op("outer", 0, 10), op("inner", 2, 5), op("innermost", 3, 4), op("next", 10, 12)]
-    assert {one.name: own for one, own in trace_read.own_times(ops)} == {
+    assert {inside.name: seconds for inside, seconds in trace_read.own_times(ops)} == {
         "outer": 7, "inner": 2, "innermost": 1, "next": 2
     }  # fmt: skip
 
 
 def test_seconds_are_the_mean_over_devices(tmp_path):
     both = GPU + GPU.replace("GPU:0", "GPU:1").replace("duration_ps: 4000000", "duration_ps: 6000000")
-    found = trace_read.read(write(tmp_path / "host.xplane.pb", both))
-    assert found["num_devices"] == 2
-    assert found["kinds"]["matrix products"]["seconds"] == pytest.approx(5e-6)
-    assert found["idle_s"] == pytest.approx(1e-6)
+    trace = trace_read.read(write(tmp_path / "host.xplane.pb", both))
+    assert trace["num_devices"] == 2
+    assert trace["kinds"]["matrix products"]["seconds"] == pytest.approx(5e-6)
+    assert trace["idle_s"] == pytest.approx(1e-6)
 
 
 @pytest.mark.parametrize(
@@ -138,10 +138,10 @@ def test_a_trace_of_this_machine_finds_its_products(tmp_path):
     for _ in range(3):
         product(x).block_until_ready()
     jax.profiler.stop_trace()
-    found = trace_read.read(tmp_path)
-    assert found["device"] == "/host:CPU"
-    assert found["kinds"]["matrix products"]["seconds"] > 0
-    assert found["longest"][0]["kind"] == "matrix products" and found["longest"][0]["count"] % 3 == 0
+    trace = trace_read.read(tmp_path)
+    assert trace["device"] == "/host:CPU"
+    assert trace["kinds"]["matrix products"]["seconds"] > 0
+    assert trace["longest"][0]["kind"] == "matrix products" and trace["longest"][0]["count"] % 3 == 0
 
 
 def test_what_is_no_trace_is_one_line(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Checkpoints and data by their name on the hub, from a small hub on loopback."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -195,6 +196,75 @@ def test_a_download_that_broke_off_goes_on(hub):
     assert not [path for path in Path("cache").rglob(file) if path.is_file()]
     cut.clear()
     assert (resolve(NAME) / file).read_bytes() == b"a" * 900
+
+
+@pytest.mark.parametrize(
+    ("address", "name"),
+    [
+        ("https://huggingface.co/owner/small-llava", "owner/small-llava"),
+        ("https://hf.co/owner/small-llava/", "owner/small-llava"),
+        ("https:/huggingface.co/owner/small-llava", "owner/small-llava"),
+        ("https://huggingface.co/owner/small-llava/tree/main", "owner/small-llava"),
+        ("https://huggingface.co/owner/small-llava/blob/v1/config.json?x=1", "owner/small-llava@v1"),
+        ("https://huggingface.co/owner/small-llava.git", "owner/small-llava"),
+        ("hf://owner/small-llava", "owner/small-llava"),
+        ("hf://owner/small-llava@v1/config.json", "owner/small-llava@v1"),
+        ("https://huggingface.co/datasets/owner/images", "owner/images"),
+    ],
+)
+def test_an_address_is_refused_with_the_name_to_give(address, name, capfd, tmp_path):
+    for call in (is_repository, resolve, pinned, lambda text: names.fetch_data(text, tmp_path / "new")):
+        with pytest.raises(ConfigError) as error:
+            call(address)
+        assert str(error.value) == f"{address} is an address; give the repository by its name: {name}"
+    for command in (
+        ["convert", address, "out"], ["parity", address],
+        ["train", "--config=configs/llava15_7b.py", f"--config.model.checkpoint={address}", f"--workdir={tmp_path}/w"],
+    ):  # fmt: skip
+        assert main(command) == 2
+        shown = capfd.readouterr().err
+        assert f"give the repository by its name: {name}" in shown and shown.count("\n") == 1
+
+
+def test_an_address_of_no_repository_says_the_form():
+    for address in ("https://example.org", "https://huggingface.co/owner", "hf://x"):
+        with pytest.raises(
+            ConfigError, match="is an address; expected a folder, or a repository of the hub as OWNER/NAME"
+        ):
+            resolve(address)
+    assert is_repository("https/modules") and is_repository("hf/modules")
+
+
+def test_a_warning_of_the_hub_is_one_line_and_told_once(capfd):
+    """Its own handler and the root's would print it twice, and each new attempt is two warnings."""
+    logger, root = logging.getLogger("huggingface_hub"), logging.getLogger()
+    theirs, roots = logging.StreamHandler(sys.stderr), logging.StreamHandler(sys.stderr)
+    before = logger.propagate
+    logger.addHandler(theirs)
+    root.addHandler(roots)
+    try:
+        logger.propagate = True
+        handlers = logger.handlers[:]
+        with names.refusals(NAME):
+            for number in (1, 2, 3):
+                logging.getLogger("huggingface_hub.utils._http").warning("'refused'\n thrown while requesting GET x")
+                logging.getLogger("huggingface_hub.utils._http").warning(f"Retrying in {number}s [Retry {number}/5].")
+            logging.getLogger("huggingface_hub.file_download").warning("another")
+        assert capfd.readouterr().err.splitlines() == [
+            f"{NAME}: 'refused' thrown while requesting GET x; trying again", f"{NAME}: another"
+        ]  # fmt: skip
+        assert logger.handlers == handlers and logger.propagate
+    finally:
+        logger.removeHandler(theirs)
+        root.removeHandler(roots)
+        logger.propagate = before
+
+
+def test_a_hub_that_breaks_off_warns_once_a_fault(hub, capfd):
+    hub.repositories[f"models/{NAME}"].cut["model-00001-of-00002.safetensors"] = 3
+    resolve(NAME)
+    lines = [line for line in capfd.readouterr().err.splitlines() if line]
+    assert lines and len(set(lines)) == len(lines) and all(line.startswith(f"{NAME}: ") for line in lines)
 
 
 def test_a_mirror_that_lists_no_sizes_serves_too(hub, monkeypatch):

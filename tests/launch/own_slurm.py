@@ -59,8 +59,8 @@ def command(*arguments: str | Path, env: dict[str, str] | None = None, timeout_s
 def settings() -> dict[str, str]:
     """One simulated device a task, and this checkout's code in this Python."""
     flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-    own = {"PATH": PATH, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "XLA_FLAGS": " ".join(flags)}
-    return dict(os.environ) | own
+    variables = {"PATH": PATH, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "XLA_FLAGS": " ".join(flags)}
+    return dict(os.environ) | variables
 
 
 def wait_for(what: str, done: Callable[[], bool], timeout_s: float) -> None:
@@ -85,10 +85,10 @@ class Slurm:
         key = self.root / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
-        with socket.socket() as one, socket.socket() as two:
-            for free in (one, two):
+        with socket.socket() as first, socket.socket() as second:
+            for free in (first, second):
                 free.bind(("127.0.0.1", 0))
-            ports = one.getsockname()[1], two.getsockname()[1]
+            ports = first.getsockname()[1], second.getsockname()[1]
         conf = CONF.format(host=self._host, ports=ports, root=self.root)
         (self.root / "slurm.conf").write_text(conf)
         files = ("socket", "key-file", "pid-file", "seed-file", "log-file")
@@ -147,10 +147,10 @@ def start_slurm(root: Path) -> Slurm:
         pytest.skip("not root, as whom SLURM's daemons run here")
     if missing := [name for name in PROGRAMS if not shutil.which(name, path=PATH)]:
         pytest.skip(f"no SLURM on this machine to try ({', '.join(missing)} missing)")
-    found = Slurm(root)
+    slurm = Slurm(root)
     try:
-        found.start()
+        slurm.start()
     except BaseException:
-        found.stop()
+        slurm.stop()
         raise
-    return found
+    return slurm

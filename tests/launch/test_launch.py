@@ -117,10 +117,10 @@ def test_a_chosen_python_that_does_not_fit_is_one_line(machine, version):
 
 def test_a_python_without_venv_is_passed_over_and_pyenvs_are_found(machine):
     machine.add_python("python3.11", "3.11", has_venv=False)
-    found = machine.add_python("home/.pyenv/versions/3.12.1/bin/python3.12", "3.12")
+    python = machine.add_python("home/.pyenv/versions/3.12.1/bin/python3.12", "3.12")
     done = machine.run("demo.sh")
     assert done.returncode == 0, done.stderr
-    assert f"making .venv with {found}" in done.stdout
+    assert f"making .venv with {python}" in done.stdout
 
 
 @pytest.mark.parametrize("name", ["python3.13", "python3", "mine"])

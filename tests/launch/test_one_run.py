@@ -30,10 +30,10 @@ def jobset(*flags: str, run: tuple[str, ...] = (*RUN, "--workdir=/grids/W")) -> 
 def test_a_pod_of_the_jobset_finds_its_place():
     done = jobset("--hosts=4", "--tpu=tpu-v6e-slice", "--topology=4x4", "--dry-run")
     assert done.returncode == 0, done.stderr
-    made = yaml.safe_load(done.stdout)
-    assert (made["apiVersion"], made["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-    assert made["spec"]["network"] == {"enableDNSHostnames": True}
-    [hosts] = made["spec"]["replicatedJobs"]
+    manifest = yaml.safe_load(done.stdout)
+    assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert manifest["spec"]["network"] == {"enableDNSHostnames": True}
+    [hosts] = manifest["spec"]["replicatedJobs"]
     job = hosts["template"]["spec"]
     assert (job["completionMode"], job["completions"], job["parallelism"], job["backoffLimit"]) == ("Indexed", 4, 4, 0)
     [container] = job["template"]["spec"]["containers"]
@@ -42,8 +42,8 @@ def test_a_pod_of_the_jobset_finds_its_place():
     environ = {variable["name"]: variable["value"] for variable in container["env"]}
     # JobSet's host names: NAME-JOB-REPLICA-INDEX.NAME.
     for index in range(4):
-        found = detect(environ | {"JOB_COMPLETION_INDEX": str(index)})
-        assert found == Cluster("GKE", "llava-hosts-0-0.llava:8476", 4, index)
+        place = detect(environ | {"JOB_COMPLETION_INDEX": str(index)})
+        assert place == Cluster("GKE", "llava-hosts-0-0.llava:8476", 4, index)
 
 
 def test_status_75_and_preemption_restart_a_jobset_without_being_counted():
@@ -52,7 +52,7 @@ def test_status_75_and_preemption_restart_a_jobset_without_being_counted():
     [rule] = spec["failurePolicy"]["rules"]
     assert rule == {"action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": ["PodFailurePolicy"]}
     rules = spec["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
-    assert [one["action"] for one in rules] == ["FailJob", "FailJob"]
+    assert [failure_rule["action"] for failure_rule in rules] == ["FailJob", "FailJob"]
     assert rules[0]["onExitCodes"]["values"] == [75] and rules[1]["onPodConditions"][0]["type"] == "DisruptionTarget"
 
 
@@ -122,9 +122,9 @@ def test_the_rehearsal_prints_a_command_for_each_process():
         platform, flags, *command = shlex.split(line)
         assert platform == "JAX_PLATFORMS=cpu" and flags.count("device_count=2") == flags.count("device_count") == 1
         assert command[1:6] == ["-m", "medcg_jax.cli", *RUN]
-        found = dict(flag.removeprefix("--").split("=") for flag in command[6:])
-        assert found.pop("coordinator").startswith("127.0.0.1:")
-        assert found == {"num_processes": "3", "process_id": str(index)}
+        given = dict(flag.removeprefix("--").split("=") for flag in command[6:])
+        assert given.pop("coordinator").startswith("127.0.0.1:")
+        assert given == {"num_processes": "3", "process_id": str(index)}
     assert index == 2
 
 

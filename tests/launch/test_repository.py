@@ -30,22 +30,22 @@ def instructions(text: str) -> list[tuple[str, str]]:
 
 def faults(text: str) -> list[str]:
     """What is wrong with a Dockerfile of this project."""
-    found, steps = [], instructions(text)
+    wrong, steps = [], instructions(text)
     if not PINNED.search(text):
-        found.append("base not pinned")
-    found += [f"FROM {value}" for name, value in steps if name == "FROM" and value.split()[0] != "${BASE}"]
+        wrong.append("base not pinned")
+    wrong += [f"FROM {value}" for name, value in steps if name == "FROM" and value.split()[0] != "${BASE}"]
     for name, value in steps:
         if name == "COPY" and "--from" not in value:
             sources = value.split()[:-1]
-            found += [f"COPY {source}" for source in sources if not (ROOT / source).exists()]
+            wrong += [f"COPY {source}" for source in sources if not (ROOT / source).exists()]
         if name in ("ENV", "ARG") and re.search(r"TOKEN|SECRET|PASSWORD|API_KEY", value):
-            found.append(f"{name} {value}")
+            wrong.append(f"{name} {value}")
     users = [value for name, value in steps if name == "USER"]
     if not users or not users[-1].isdigit() or int(users[-1]) == 0:
-        found.append("user is root")
+        wrong.append("user is root")
     if "medcg --version" not in text:
-        found.append("not tried")
-    return found
+        wrong.append("not tried")
+    return wrong
 
 
 def test_the_dockerfile_is_sound():
@@ -120,16 +120,16 @@ def steps_of(workflow: dict) -> list[dict]:
 
 def command_faults(script: str) -> list[str]:
     """Files and arguments in a workflow's commands that are not there."""
-    found = []
+    wrong = []
     for line in script.splitlines():
         words = shlex.split(line)
         if words[0] == "bash" and not (ROOT / words[1]).is_file():
-            found.append(words[1])
+            wrong.append(words[1])
         if words[0].endswith("medcg") and "--version" not in words:
             cli.parse(words[1:])
         if words[:3] == ["python", "-m", "sphinx"] and not (ROOT / words[words.index("-c") + 1] / "conf.py").is_file():
-            found.append("conf.py")
-    return found
+            wrong.append("conf.py")
+    return wrong
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

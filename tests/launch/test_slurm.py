@@ -101,15 +101,15 @@ class Array:
 
     def holders(self) -> set[tuple[int, str]]:
         """(process, cell) of every claim that is not released."""
-        found = set()
+        pids = set()
         for claim in self.workdir.glob("state/claims/*"):
             try:
                 pid = json.loads(claim.read_text())["pid"]
             except (OSError, ValueError):  # just being written
                 continue
             if pid:
-                found.add((pid, claim.stem))
-        return found
+                pids.add((pid, claim.stem))
+        return pids
 
     def wait(self) -> list[str]:
         """The states in which both tasks have ended."""
@@ -127,11 +127,11 @@ class Array:
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
-    found = start_slurm(tmp_path_factory.mktemp("slurm"))
+    started = start_slurm(tmp_path_factory.mktemp("slurm"))
     try:
-        yield found
+        yield started
     finally:
-        found.stop()
+        started.stop()
 
 
 @pytest.fixture(scope="module")

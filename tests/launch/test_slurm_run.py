@@ -103,11 +103,11 @@ class Job:
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
-    found = start_slurm(tmp_path_factory.mktemp("slurm"))
+    started = start_slurm(tmp_path_factory.mktemp("slurm"))
     try:
-        yield found
+        yield started
     finally:
-        found.stop()
+        started.stop()
 
 
 def test_two_tasks_train_as_one_and_told_to_stop_midway_to_the_same_bytes(slurm, tmp_path):

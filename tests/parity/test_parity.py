@@ -34,8 +34,8 @@ def recorded(released, tmp_path_factory):
     from medcg_jax.parity.pytorch import open_reference
 
     inputs = hf_tiny.inputs(side="left")
-    found = open_reference(released, parity_llava).stages(inputs)
-    arrays = {**inputs, "logits": found["logits"], "loss": found["loss"]}
+    stages = open_reference(released, parity_llava).stages(inputs)
+    arrays = {**inputs, "logits": stages["logits"], "loss": stages["loss"]}
     path = tmp_path_factory.mktemp("recorded") / "inputs.npz"
     np.savez(path, **arrays)
     return path, arrays
@@ -146,9 +146,9 @@ def test_images_go_to_the_rows_that_hold_their_tokens():
     images = np.arange(3, dtype=np.float32)[:, None, None, None] * np.ones((3, 3, 21, 21), np.float32) + 1
     pixels = np.asarray(port_inputs(config, {"input_ids": ids, "pixel_values": images})["images"]["pixels"])
     assert pixels[..., 0, 0, 0].tolist() == [[1, 0], [0, 0], [2, 3]]
-    made = example(config)
-    assert (made["labels"] != -100).sum() > 10
-    assert ((made["input_ids"] == 97).sum(axis=1) == 9).all()
+    inputs = example(config)
+    assert (inputs["labels"] != -100).sum() > 10
+    assert ((inputs["input_ids"] == 97).sum(axis=1) == 9).all()
 
 
 def test_differences_are_measured_against_the_references_size():

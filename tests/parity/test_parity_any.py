@@ -127,9 +127,9 @@ def changed(src, out, tensors):
     return out
 
 
-def exchanged(tensors, one, other):
+def exchanged(tensors, first, other):
     """Tensors with those of two layers in each other's place."""
-    swap = {one: other, other: one}
+    swap = {first: other, other: first}
 
     def place(name):
         return next((name.replace(a, b) for a, b in swap.items() if a in name), name)
@@ -179,11 +179,11 @@ def test_a_swap_that_changes_shapes_is_an_error_of_its_own(plain, tmp_path):
 def test_what_does_not_go_together_is_refused(plain, recorded, tmp_path):
     with pytest.raises(WeightsError, match="takes the reference's place"):
         parity(plain, inputs=recorded, record=tmp_path / "x.npz")
-    found = json.loads((plain / "config.json").read_text())
+    about = json.loads((plain / "config.json").read_text())
     for part, field, value in (("text_config", "hidden_act", "prelu"), ("vision_config", "num_attention_heads", 7)):
         other = tmp_path / field
         other.mkdir()
-        (other / "config.json").write_text(json.dumps({**found, part: {**found[part], field: value}}))
+        (other / "config.json").write_text(json.dumps({**about, part: {**about[part], field: value}}))
         with pytest.raises(WeightsError, match="config.json"):
             parity(other)
 
@@ -191,9 +191,9 @@ def test_what_does_not_go_together_is_refused(plain, recorded, tmp_path):
 def test_telling_weights_keep_what_tells_tensors_apart():
     rng = np.random.default_rng(0)
     value = 0.02 * rng.standard_normal((8, 6)).astype(np.float32)
-    made = telling("language_model.layers.0.mlp.up_proj.weight", value)
-    np.testing.assert_allclose(made / made.std(), value / value.std(), rtol=1e-5)
-    assert made.std() > 0.3
+    weights = telling("language_model.layers.0.mlp.up_proj.weight", value)
+    np.testing.assert_allclose(weights / weights.std(), value / value.std(), rtol=1e-5)
+    assert weights.std() > 0.3
     zeros = np.zeros(8, np.float32)
     assert telling("a.fc1.bias", zeros).std() > 0.1
     assert not np.array_equal(telling("a.fc1.bias", zeros), telling("b.fc1.bias", zeros))
@@ -216,5 +216,5 @@ def test_ids_stay_inside_of_the_table():
 
 
 def test_linear_scaling_is_a_stretch_of_every_wavelength():
-    found = rope.frequencies(8, 100.0, rope.Llama3Scaling(2.5, original_positions=0))
-    np.testing.assert_allclose(found, rope.frequencies(8, 100.0) / 2.5, rtol=1e-6)
+    scaled = rope.frequencies(8, 100.0, rope.Llama3Scaling(2.5, original_positions=0))
+    np.testing.assert_allclose(scaled, rope.frequencies(8, 100.0) / 2.5, rtol=1e-6)

@@ -3,15 +3,19 @@
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 from report_grids import make_grid, read_csv, run_of
 from tensorboardX.proto.event_pb2 import Event
 
 from medcg_jax.config import ConfigError, RunConfig, replace
+from medcg_jax.study.design.schedule import make_plan
 from medcg_jax.study.report.boards import write_boards
 from medcg_jax.study.report.load_grid import Grid
+from medcg_jax.study.run import grid as grid_run
 from medcg_jax.study.run.grid import check_start
+from medcg_jax.study.stats import stats
 from medcg_jax.study.stats.grid_files import training_of
 
 TARGET = "mri-brain-state"
@@ -69,7 +73,7 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_losses_and_accuracies_are_those_of_the_files(workdir, wandb):
-    write_boards(workdir)
+    write_boards(Grid(workdir))
     grid = Grid(workdir)
     trained = [cell for cell in grid.done("pairs") if cell["arm"] == "trained"]
     losses = scalars(workdir / "tensorboard" / "pairs" / "trained")
@@ -89,15 +93,15 @@ def test_losses_and_accuracies_are_those_of_the_files(workdir, wandb):
 
 
 def test_the_second_time_nothing_is_there_twice(workdir, wandb):
-    write_boards(workdir)
+    write_boards(Grid(workdir))
     before = scalars(workdir / "tensorboard" / "grid")
-    write_boards(workdir)
+    write_boards(Grid(workdir))
     assert scalars(workdir / "tensorboard" / "grid") == before and not list(workdir.glob(".tensorboard*"))
     assert wandb.begun[0]["id"] == wandb.begun[1]["id"] == json.loads((workdir / "wandb.json").read_text())["id"]
 
 
 def test_weights_and_biases_has_the_tables(workdir, wandb):
-    write_boards(workdir)
+    write_boards(Grid(workdir))
     (begun,) = wandb.begun
     assert begun["project"] == "project" and begun["name"] == "made" and begun["config"]["train.epochs"] == 4
     columns, data = wandb.logged["results"]
@@ -112,8 +116,18 @@ def test_weights_and_biases_has_the_tables(workdir, wandb):
 def test_nothing_is_written_that_was_not_asked_for(tmp_path):
     run = run_of(study__targets=(TARGET,), log__tensorboard=False, data__test_records_per_subset=6)
     workdir = make_grid(tmp_path / "w", run)
-    write_boards(workdir)
+    write_boards(Grid(workdir))
     assert not (workdir / "tensorboard").exists() and not (workdir / "wandb.json").exists()
+
+
+def test_a_grid_is_summarised_once_at_its_end(workdir, wandb, monkeypatch, capsys):
+    """For what is printed, for the page and for the boards."""
+    calls = []
+    monkeypatch.setattr(stats, "summarise", lambda *args, of=stats.summarise: calls.append(args) or of(*args))
+    plan = make_plan(run_of(study__targets=(TARGET,), data__test_records_per_subset=6))
+    result = grid_run.summary(workdir, plan, {job.id: {"status": "done"} for job in plan.jobs})
+    assert len(calls) == 1 and Path(result["page"]).is_file() and (workdir / "tensorboard").is_dir()
+    assert "trained - baseline_plus" in capsys.readouterr().out
 
 
 def test_a_grid_for_weights_and_biases_needs_the_package_before_it_starts(monkeypatch):

@@ -15,7 +15,14 @@ def test_the_example_runs_and_what_is_no_grid_is_refused(tmp_path, monkeypatch):
     small_grid(Path("runs/demo"))
     run_examples(medcg_jax.report)
     assert Path("runs/demo/report/index.html").is_file()
-    with pytest.raises(FileNotFoundError):
-        medcg_jax.report(tmp_path / "runs")
+    for folder, why in (
+        (tmp_path / "runs/none", "no such folder"),
+        (tmp_path / "runs/demo/plots", "has no config.json"),
+    ):
+        folder.parent.mkdir(exist_ok=True)
+        (folder.parent / "plots").mkdir(exist_ok=True)
+        with pytest.raises(ConfigError, match=f"{why}.* the workdir of a grid") as error:
+            medcg_jax.report(folder)
+        assert "\n" not in str(error.value) and str(folder) in str(error.value)
     with pytest.raises(ConfigError, match="--format=pdf"):
         medcg_jax.report("runs/demo", "pdf")

@@ -22,6 +22,7 @@ from medcg_jax.data.tokenizer import load_tokenizer
 from medcg_jax.eval import subsets
 from medcg_jax.eval.card import Training, model_card, training_of
 from medcg_jax.families import build, registry
+from medcg_jax.families.weights import processor
 from medcg_jax.families.weights.convert import open_checkpoint
 from medcg_jax.families.weights.processor import write_processor
 from medcg_jax.nn.lora import LoraConfig
@@ -166,7 +167,19 @@ def test_the_card_names_the_start_by_its_name_and_never_by_a_path_of_this_machin
         assert ModelCard(card).data.to_dict().get("base_model") == shown and str(tmp_path) not in card
 
 
-def test_damaged_parameters_are_not_exported(tmp_path, capfd):
+def test_the_card_says_where_transformers_tokenizer_cuts_otherwise(tmp_path, monkeypatch):
+    """As `medcg convert` prints it: a reader of the export alone would not know."""
+    src = trained("llava", tmp_path / "run")
+    for alike, folder in ((True, "alike"), (False, "otherwise")):
+        monkeypatch.setattr(processor, "reads_alike", lambda *_, alike=alike: alike)
+        assert main(["convert", str(src), str(tmp_path / folder), "--to=hf"]) == 0
+        said = "In this export transformers' tokenizer cuts prompts into other tokens than were trained" in (
+            tmp_path / folder / "README.md"
+        ).read_text(encoding="utf-8")
+        assert said is not alike
+
+
+def test_damaged_parameters_are_neither_exported_nor_compared(tmp_path, capfd):
     src = trained("llava", tmp_path / "run")
     file = max((src / "params").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
     content = bytearray(file.read_bytes())
@@ -174,6 +187,9 @@ def test_damaged_parameters_are_not_exported(tmp_path, capfd):
     file.write_bytes(bytes(content))
     assert main(["convert", str(src), str(tmp_path / "out"), "--to=hf"]) == 2
     assert "parameters are damaged" in capfd.readouterr().err and not (tmp_path / "out").exists()
+    np.savez(tmp_path / "inputs.npz", input_ids=[[1]], pixel_values=[1.0], logits=[[[1.0]]])
+    assert main(["parity", str(src), f"--inputs={tmp_path}/inputs.npz"]) == 2
+    assert f"{src}: parameters are damaged" in capfd.readouterr().err
 
 
 def answer_of(number: int, right: bool):

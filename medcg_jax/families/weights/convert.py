@@ -296,7 +296,7 @@ def convert(
     parts: Mapping[str, Path] = NO_PARTS,
     ids: Mapping[str, int] = NO_IDS,
     system_prompt: str | None = None,
-    card: Callable[[Checkpoint], str] | None = None,
+    card: Callable[[Checkpoint, tuple[str, ...]], str] | None = None,
     meta: tuple[str, str] | None = None,
 ) -> dict:
     """{"out", "to", "parameters", "tensors", "dtype"} after writing `dst` from `src`; prints one line.
@@ -307,7 +307,7 @@ def convert(
     parts: files or directories outside `src`, by the names in `weights.families`.
     ids: token ids by field of the config, to replace those of the config in `src`.
     system_prompt: of the training that wrote `src`, for the chat template; None: it was not trained here.
-    card: writes the text of README.md, for "hf" and "peft".
+    card: the text of README.md from the checkpoint and `write_processor`'s notes, for "hf" and "peft".
     meta: name and text of a file for "orbax", what is recorded of the training.
     Weights keep their dtype. `dst` appears when it is complete, with the tokenizer, chat templates and processor files
     of `src` (or of the checkpoint that it was trained on).
@@ -330,18 +330,18 @@ def convert(
         copy_companions([*beside, *([checkpoint.below.src] if checkpoint.below else [])], new)
         if to == "peft":
             num_tensors = peft.export_peft(family, params, config, new, base=checkpoint.trained_on)
-            write_processor(new, config, system_prompt)
+            notes = write_processor(new, config, system_prompt)
         else:
             num_tensors = sum(1 if entry.layers is None else len(entry.layers) for entry in family.table(config))
             if to == "hf":
                 export(params, config, new)
-                write_processor(new, config, system_prompt)
+                notes = write_processor(new, config, system_prompt)
             else:
                 save_params(new, params, dataclasses.replace(config, base=Base()))
                 if meta:
                     (new / meta[0]).write_text(meta[1], encoding="utf-8")
         if card and to != "orbax":
-            (new / CARD).write_text(card(checkpoint), encoding="utf-8")
+            (new / CARD).write_text(card(checkpoint, notes), encoding="utf-8")
     dtype, number = ", ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)})), build.num_params(params)
     print(f"{src} -> {dst}: {num_tensors} tensors, {number:,} parameters, {dtype}")
     return {"out": str(dst), "to": to, "parameters": number, "tensors": num_tensors, "dtype": dtype}

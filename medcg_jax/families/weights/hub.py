@@ -7,6 +7,7 @@ name comes first.
 
 import errno
 import functools
+import logging
 import re
 import shutil
 import sys
@@ -18,6 +19,11 @@ from medcg_jax.config import ConfigError, RunError
 
 # OWNER/NAME as the hub allows it, and a branch, a tag or a commit behind "@".
 REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/\w[\w.-]{0,95})(?:@([\w.-][\w./-]{0,199}))?", re.ASCII)
+# An address of a repository on a site or in fsspec's form: the kind, the name, what a browser adds, a revision.
+ADDRESS = re.compile(
+    r"(?:https?://[^/]+/|hf://)(?:(?:datasets|models)/)?([^/@]+/[^/@?#]+?)(?:\.git)?"
+    r"(?:@([^/?#]+)|/(?:tree|blob|resolve)/([^/?#]+))?(?:[/?#].*)?"
+)
 # Folders in which the documentation keeps checkpoints: a name in them is always a path.
 LOCAL_FOLDERS = ("checkpoints", "runs")
 # What states an architecture and a tokenizer: small files at the top of a repository, and chat templates.
@@ -34,11 +40,30 @@ SPARE_BYTES = 1 << 28
 
 
 def is_repository(name: str) -> bool:
-    """Whether `name` is a repository of the hub: it has that form, and a revision or an owner that is no folder here."""
+    """Whether `name` is a repository of the hub: it has that form, and a revision or an owner that is no folder here.
+
+    Raises:
+      ConfigError: it is an address; the message has the repository's name.
+    """
+    check_no_address(name)
     owner = name.partition("/")[0]
     if REPOSITORY.fullmatch(name) is None or owner in LOCAL_FOLDERS or Path(name).exists():
         return False
     return "@" in name or not Path(owner).exists()
+
+
+def check_no_address(name: str) -> None:
+    """Raises ConfigError if `name` is an address (https://huggingface.co/OWNER/NAME, hf://OWNER/NAME)."""
+    # A path that pathlib has read has one slash.
+    scheme = re.match(r"(https?|hf):/", name)
+    if scheme is None:
+        return
+    match = ADDRESS.fullmatch(re.sub(":/+", "://", name, count=1))
+    revision = match and (match[2] or match[3])
+    repository = f"{match[1]}{f'@{revision}' * (revision not in (None, 'main'))}" if match else ""
+    if not REPOSITORY.fullmatch(repository):
+        raise ConfigError(f"{name} is an address; expected a folder, or a repository of the hub as OWNER/NAME")
+    raise ConfigError(f"{name} is an address; give the repository by its name: {repository}")
 
 
 def split(name: str) -> tuple[str, str | None]:
@@ -180,6 +205,7 @@ def fetch_data(name: str, folder: Path | None) -> Path:
       ConfigError: as `resolve`; or `folder` has files of another origin.
       RunError: as `resolve`.
     """
+    check_no_address(name)
     match = REPOSITORY.fullmatch(name)
     if match is None:
         raise ConfigError(f"{name}: expected a data repository of the hub, OWNER/NAME or OWNER/NAME@REVISION")
@@ -204,7 +230,8 @@ def refusals(name: str, kind: str = "") -> Iterator[None]:
     repository, _, revision = name.partition("@")
     address = f"{constants.ENDPOINT}/{kind}{repository}"
     try:
-        yield
+        with warned_once(name):
+            yield
     except (ConfigError, RunError):
         raise
     except errors.GatedRepoError as error:
@@ -223,6 +250,39 @@ def refusals(name: str, kind: str = "") -> Iterator[None]:
         raise ConfigError(f"{name}: no name of a repository ({one_line(error)})") from error
     except Exception as error:  # of HTTP, of xet, of the disk
         raise unreached(name, error) from error
+
+
+@contextmanager
+def warned_once(name: str) -> Iterator[None]:
+    """In the block a warning of `huggingface_hub` is one line of ours, and is told once.
+
+    It has a handler of its own and hands warnings on to the root's too, and warns twice at each new attempt.
+    """
+    logger, handler = logging.getLogger("huggingface_hub"), WarnsOnce(name)
+    before = logger.handlers[:], logger.propagate
+    logger.handlers[:], logger.propagate = [handler], False
+    try:
+        yield
+    finally:
+        logger.handlers[:], logger.propagate = before
+
+
+class WarnsOnce(logging.Handler):
+    """Prints "NAME: WARNING" for each new warning. That it tries again goes without the seconds and the count."""
+
+    def __init__(self, name: str):
+        super().__init__(logging.WARNING)
+        self.repository, self.printed = name, set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = " ".join(record.getMessage().split())
+        # Each attempt has other seconds and other numbers of bytes.
+        kind = re.sub(r"[\d.]+", "", text)
+        if text.startswith("Retrying in") or kind in self.printed:
+            return
+        self.printed.add(kind)
+        tries_again = "; trying again" * any(part in text for part in ("thrown while requesting", "Trying to resume"))
+        print(f"{self.repository}: {text[:200]}{tries_again}", file=sys.stderr, flush=True)
 
 
 def unreached(name: str, error: Exception) -> Exception:

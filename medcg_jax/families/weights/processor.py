@@ -74,19 +74,21 @@ VICUNAS = tuple(
 SAMPLE = "A\nB: A"
 
 
-def write_processor(folder: Path, config, system_prompt: str | None) -> None:
-    """Writes into `folder`, which may hold the files of the checkpoint that was started from, what is missing there.
+def write_processor(folder: Path, config, system_prompt: str | None) -> tuple[str, ...]:
+    """Writes into `folder`, which may hold the files of the checkpoint that was started from, what is missing there;
+    returns what a user must know of it, for the card.
 
     system_prompt: `data.system_prompt` of the training. The files that say how images and conversations are read are then
     those of the training, in place of the start checkpoint's. None: the weights were not trained here.
     """
     write_json(folder / GENERATION, generation(config), replace=False)
     if config.family not in FILES or not has_tokenizer(folder):
-        return
+        return ()
     try:
         tokenizer = load_tokenizer(folder)
     except DataError:  # it is carried as it is, and no prompt can be compared
-        return
+        return ()
+    notes: tuple[str, ...] = ()
     files, choices, system_of = FILES[config.family]
     if not (folder / SETTINGS).exists():
         write_json(folder / SETTINGS, tokenizer_settings(folder, tokenizer, config))
@@ -100,11 +102,15 @@ def write_processor(folder: Path, config, system_prompt: str | None) -> None:
         written = [(MACROS + template).strip().replace("SYSTEM", system, 1) + "\n" for template in choices]
         alike = [text for text in written if reads_alike(folder, text, tokenizer, config.family, system_prompt or "")]
         if is_trained and not alike:
-            print("transformers' tokenizer cuts prompts into other tokens than were trained: its answers may differ")
+            notes = (
+                "transformers' tokenizer cuts prompts into other tokens than were trained: its answers may differ",
+            )
+            print(*notes)
         if is_trained or alike:
             # Read before the other one.
             templates[1].unlink(missing_ok=True)
             templates[0].write_text([*alike, *written][0], encoding="utf-8")
+    return notes
 
 
 def reads_alike(folder: Path, template: str, tokenizer: Tokenizer, family: str, system_prompt: str) -> bool:

@@ -1,6 +1,9 @@
 """The page of a grid, with its tables and plots."""
 
+import os
 from pathlib import Path
+
+from medcg_jax.config import ConfigError
 
 
 def report(workdir: str | Path, formats: str = "") -> Path:
@@ -10,8 +13,7 @@ def report(workdir: str | Path, formats: str = "") -> Path:
     formats: beside the page, of "md,tex,csv".
 
     Raises:
-      FileNotFoundError: `workdir` is not a grid's.
-      ConfigError: a file of the grid is broken, or a format is unknown; an earlier page stays.
+      ConfigError: `workdir` is not a grid's, a file of the grid is broken, or a format is unknown; an earlier page stays.
 
     Example:
       >>> import medcg_jax as m
@@ -24,7 +26,23 @@ def report(workdir: str | Path, formats: str = "") -> Path:
     from medcg_jax.study.report.page import check_formats, write_report
 
     folder, names = Path(user_path(str(workdir), "workdir")), check_formats(formats)
+    check_grid(folder)
     models = models_in(folder)
     for model in models:
         write_report(folder / model, names)
     return write_models_page(folder, models) if models else write_report(folder, names)
+
+
+def check_grid(folder: str | Path) -> None:
+    """Raises ConfigError if `folder` is no workdir of a grid; the message says what it is where that is known."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise ConfigError(f"{folder}: no such folder; expected the workdir of a grid (`medcg reproduce`)")
+    if os.path.lexists(path / "config.json") or any(path.glob("*/config.json")):
+        return
+    if (path / "params" / "model.json").is_file() or (path / "metrics" / "train.jsonl").is_file():
+        raise ConfigError(
+            f"{folder} is a run of `medcg train`, and has no report: `medcg eval --config=FILE.py --workdir={folder}` "
+            "scores it; a report is of a grid (`medcg reproduce`)"
+        )
+    raise ConfigError(f"{folder} has no config.json: expected the workdir of a grid (`medcg reproduce`)")

@@ -3,7 +3,6 @@
 import secrets
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from medcg_jax.config import flat
@@ -11,7 +10,6 @@ from medcg_jax.study.report.escape import one_line
 from medcg_jax.study.report.load_grid import Grid
 from medcg_jax.study.report.text import Answer, effect_name, summary_text
 from medcg_jax.study.stats.grid_files import training_of
-from medcg_jax.study.stats.stats import summarise
 from medcg_jax.train.log import WandbLog, WandbTarget
 
 FOLDER = "tensorboard"
@@ -19,16 +17,15 @@ FOLDER = "tensorboard"
 COLUMNS = ("table", "row", "arm", "seed", "target", "n", "correct", "accuracy", "ci_low", "ci_high")
 
 
-def write_boards(workdir: Path) -> None:
+def write_boards(grid: Grid) -> None:
     """Writes what `log.tensorboard` and `log.wandb` of the grid's configuration ask for.
 
     WORKDIR/tensorboard is written anew, and the grid's run in Weights & Biases is the same one after a restart.
     """
-    grid = Grid(workdir)
     log = grid.config.get("log", {})
     if not log.get("tensorboard") and not log.get("wandb"):
         return
-    answer = Answer(grid, summarise(grid.workdir, grid.results, grid.answers, grid.cells))
+    answer = Answer(grid, grid.summary)
     if log.get("tensorboard"):
         write_tensorboard(grid, answer)
     if log.get("wandb"):

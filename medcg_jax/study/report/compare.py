@@ -29,7 +29,6 @@ from medcg_jax.study.report.tables import COLOURS
 from medcg_jax.study.report.text import PARTS, Answer, counted, effect_name, state
 from medcg_jax.study.stats.grid_files import training_of
 from medcg_jax.study.stats.paired import by_patient, compare, holm, mixed_interval
-from medcg_jax.study.stats.stats import summarise
 
 # Settings that differ and are named in a page's first lines.
 MOST_NAMED = 4
@@ -145,7 +144,7 @@ def write_comparison(a: str | Path, b: str | Path, out: str | Path = "") -> Path
 
 
 def answer_of(grid: Grid) -> Answer:
-    return Answer(grid, summarise(grid.workdir, grid.results, grid.answers, grid.cells))
+    return Answer(grid, grid.summary)
 
 
 def folder_names(a: Grid, b: Grid) -> tuple[str, str]:

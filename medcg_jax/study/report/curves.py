@@ -218,12 +218,12 @@ def _reliability(arms: Sequence[dict], chance: float | None, axes) -> None:
     axes.plot([0, 100], [0, 100], "--", color=INK, linewidth=0.9)
     for entry in arms:
         colour, alpha = colour_of(entry["arm"])
-        x, y, n = (np.array([one[key] for one in entry["bins"]]) for key in ("confidence", "accuracy", "n"))
+        x, y, n = (np.array([score_bin[key] for score_bin in entry["bins"]]) for key in ("confidence", "accuracy", "n"))
         axes.plot(100 * x, 100 * y, color=colour, alpha=alpha, linewidth=1.3)
         label = f"{arm_name(entry['arm'])} (n {entry['n']:,}; error {100 * entry['ece']:.1f})"
         axes.scatter(100 * x, 100 * y, s=8 + 50 * n / n.max(), color=colour, alpha=alpha, linewidth=0, label=label)
     _chance_line(axes, chance)
-    low = min(100 * one["confidence"] for entry in arms for one in entry["bins"])
+    low = min(100 * score_bin["confidence"] for entry in arms for score_bin in entry["bins"])
     axes.set(xlim=(min(low, 100) - 3, 102), ylim=(0, 102), xlabel="confidence, %", ylabel="right answers, %")
     legend(axes, 1)
 

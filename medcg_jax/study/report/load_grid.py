@@ -19,7 +19,7 @@ from medcg_jax.eval.boxes import BoxAnswer, read_answers
 from medcg_jax.eval.predictions import prediction_lines, wilson
 from medcg_jax.study.design import mat, overlap
 from medcg_jax.study.report.escape import ELEMENT_CHARACTERS, short_label
-from medcg_jax.study.stats import contamination, grid_files, probe
+from medcg_jax.study.stats import contamination, grid_files, probe, stats
 from medcg_jax.study.stats.answers import Answers
 from medcg_jax.study.stats.grid_files import ARMS
 from medcg_jax.study.stats.results import read_config_file
@@ -126,6 +126,11 @@ class Grid:
         self._sources: dict[int, Source] = {}
         self._scores: dict[str, dict[tuple[str, str], dict[str, Score]]] = {}
 
+    @cached_property
+    def summary(self) -> dict:
+        """`stats.summarise` of these files."""
+        return stats.summarise(self.workdir, self.results, self.answers, self.cells)
+
     @property
     def model(self) -> str:
         """The model's name for people."""
@@ -191,9 +196,9 @@ class Grid:
 
         related: as in cells.csv, "03+06".
         """
-        training, own = [self.subset(name) for name in related.split("+") if related], self.subset(target)
+        training, tested = [self.subset(name) for name in related.split("+") if related], self.subset(target)
         known = [subset for subset in training if subset]
-        return " + ".join(overlap.overlap(own, known)) if own and known and len(known) == len(training) else None
+        return " + ".join(overlap.overlap(tested, known)) if tested and known and len(known) == len(training) else None
 
     @cached_property
     def seeds(self) -> tuple[int, ...]:

@@ -22,7 +22,6 @@ from medcg_jax.study.report.subset_pages import write_subset_pages
 from medcg_jax.study.report.table import Table
 from medcg_jax.study.report.tables import Tables
 from medcg_jax.study.report.text import Answer, counted, limits, missing, summary_text, table_names
-from medcg_jax.study.stats import stats
 
 FORMATS = ("md", "tex", "csv")
 
@@ -51,7 +50,11 @@ def write_report(workdir: str | Path, formats: Sequence[str] = ()) -> Path:
       FileNotFoundError: the folder is not the workdir of a grid.
       FileError: a file of the grid is broken or contradicts another; an earlier report stays.
     """
-    grid = Grid(workdir)
+    return write_page(Grid(workdir), formats)
+
+
+def write_page(grid: Grid, formats: Sequence[str] = ()) -> Path:
+    """`write_report` of a grid that was read already."""
     with whole_folder(grid.workdir / "report") as folder:
         _write(grid, folder, formats)
     for note in grid.notes:
@@ -61,7 +64,7 @@ def write_report(workdir: str | Path, formats: Sequence[str] = ()) -> Path:
 
 def _write(grid: Grid, folder: Path, formats: Sequence[str]) -> None:
     (folder / "plots").mkdir()
-    summary = stats.summarise(grid.workdir, grid.results, grid.answers, grid.cells)
+    summary = grid.summary
     maker = Tables(grid, summary)
     tables = {table.name: table for table in (*maker.all(), *published(maker))}
     write_tables(folder, tables.values())

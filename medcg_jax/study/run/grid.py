@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from medcg_jax import processes
 from medcg_jax.agreement import commit, data_fingerprint, versions
@@ -31,9 +32,11 @@ from medcg_jax.study.design.suite import short_of_records
 from medcg_jax.study.run import claims
 from medcg_jax.study.run.progress import Progress
 from medcg_jax.study.stats import contamination, probe, results
-from medcg_jax.study.stats.stats import summarise
 from medcg_jax.train import goodput
 from medcg_jax.train.preempt import sigterm_saves
+
+if TYPE_CHECKING:
+    from medcg_jax.study.report.load_grid import Grid
 
 # XLA with one CPU thread, for processes that share the cores of one machine; no effect on accelerators.
 ONE_THREAD = {"NPROC": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
@@ -268,12 +271,12 @@ def summary(workdir: Path, plan: Plan, outcomes: dict[str, dict]) -> dict:
         times = goodput.write(workdir / goodput.FILE, starts)
         print(goodput.line(times))
     if len(failed) + len(unfinished) < len(plan.cells):
-        print_effects(workdir)
-        page = str(write_page(workdir))
+        grid = write_page(workdir)
+        page = str(grid.workdir / "report" / "index.html")
         print(f"report: {page}", flush=True)
         # Processes that end together write one after the other.
         with claims.lock(results.state_dir(workdir) / "claims", "boards"):
-            write_boards(workdir)
+            write_boards(grid)
     return {
         "workdir": str(workdir),
         "cells": len(plan.cells),
@@ -285,20 +288,26 @@ def summary(workdir: Path, plan: Plan, outcomes: dict[str, dict]) -> dict:
     }
 
 
-def write_page(workdir: Path) -> Path:
-    """Writes the report and returns its page; of processes that end together only one writes."""
-    from medcg_jax.study.report.page import write_report
+def write_page(workdir: Path) -> "Grid":
+    """Prints the effects, writes the report and returns the grid of both; of processes that end together only one
+    writes."""
+    from medcg_jax.study.report.load_grid import Grid
+    from medcg_jax.study.report.page import write_page as write
 
     began, page = time.time(), workdir / "report" / "index.html"
     with claims.lock(results.state_dir(workdir) / "claims", "report"):
-        if page.is_file() and page.stat().st_mtime > began:
-            return page
-        return write_report(workdir)
+        grid = Grid(workdir)
+        print_effects(grid.summary)
+        if not page.is_file() or page.stat().st_mtime <= began:
+            write(grid)
+    return grid
 
 
-def print_effects(workdir: Path) -> None:
-    """Prints the mean accuracy of every arm, and the differences between arms with their intervals."""
-    summarised = summarise(workdir)
+def print_effects(summarised: dict) -> None:
+    """Prints the mean accuracy of every arm, and the differences between arms with their intervals.
+
+    summarised: of `stats.summarise`.
+    """
     print(f"\n{'table':30} {'arm':31} accuracy      n")
     for arm in summarised["accuracy"]:
         if not arm["part"] or arm["table"] in PRINTED_BY_PART:

@@ -36,8 +36,8 @@ def calibration_of_answers(answers: Answers, results: Sequence[Mapping], fresh: 
         for (cell, seed), targets in arm_cells.items():
             frame = answers.frame(cell)
             frames.append(frame[frame["subset"].isin(targets)].assign(seed=seed if fresh else 0))
-        if found := calibration(pd.concat(frames, ignore_index=True)):
-            entries.append({"table": table, "arm": arm} | found)
+        if figures := calibration(pd.concat(frames, ignore_index=True)):
+            entries.append({"table": table, "arm": arm} | figures)
     return entries
 
 
