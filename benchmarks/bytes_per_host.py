@@ -1,67 +1,109 @@
-"""What each host of a pod reads of a release: `python -m benchmarks.bytes_per_host [SIZE ...]`; prints a line a size.
+"""What each of 64 hosts reads of a checkpoint at a start: `python -m benchmarks.bytes_per_host [SIZE ...]`.
 
-Nothing is read or allocated: the slices of the first host's devices are computed, not loaded. Also counted are the 4 KiB
-pages that hold the slices, since a slice of columns touches a part of every row; a file system's read-ahead is not.
+Nothing is read or allocated: the rows of each host are computed, not loaded, for a release and for what `medcg convert`
+writes; beside them what the host's devices hold. Hosts have four devices, as on a v5e:16x16. Of a release the 4 KiB pages
+are counted that hold the rows; a chunk of ours is read whole (before it is compressed). A file system's read-ahead is
+not counted. Exit status 1: a host reads more than 1.1 times what its devices hold.
 """
 
+import argparse
 import math
 import sys
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
+from benchmarks.records import write_record
 from medcg_jax.config import MeshConfig
 from medcg_jax.families import build
 from medcg_jax.families.weights import engine
 from medcg_jax.families.weights.families import module_of
+from medcg_jax.families.weights.orbax_leaves import chunk_bytes
 from medcg_jax.families.weights.tables import spans_of
 from medcg_jax.mesh import make_mesh
 
-# One device a host: the slices of a host's devices are adjacent.
-HOSTS = 4
-SIZES = ("llava15_7b", "qwen2_vl_7b", "llama32_vision_11b", "minigpt_v2_7b", "next_chat_7b_336")
+HOSTS, DEVICES_PER_HOST = 64, 4
+# Each number is on one device, where the model's dimensions allow: the least that a host can hold.
+MESH = MeshConfig(data=1, fsdp=64, tensor=4)
+# Qwen2-VL-72B's dimensions are in its release's config.json alone.
+SIZES = ("llava15_7b", "llava15_13b", "qwen2_vl_7b", "llama32_vision_11b", "minigpt_v2_7b", "next_chat_7b_336")
 # Releases are in sixteen bits.
-ITEM, PAGE = 2, 4096
+ITEM, PAGE, ALLOWED = 2, 4096, 1.1
 
 
-def pages_of(index, shape) -> int:
-    """Pages that hold a slice of a matrix, where the tensor begins at a page."""
-    (first, last), *others = spans_of(index, shape)
-    row, inner = math.prod(shape[1:]) * ITEM, math.prod(shape[2:]) * ITEM
-    start, stop = (edge * inner for edge in others[0]) if others else (0, ITEM)
-    if stop - start == row or not others:
-        return (last * (row or ITEM) - 1) // PAGE - first * (row or ITEM) // PAGE + 1
-    begins = np.arange(first, last) * row + start
-    ends = begins + (stop - start) - 1
-    return int(np.sum(ends // PAGE - begins // PAGE + 1) - np.sum(begins[1:] // PAGE == ends[:-1] // PAGE))
+def rows_of_hosts(shape: tuple[int, ...], mesh) -> list[tuple[int, int]]:
+    """(first, last) of the rows that each host reads of a stored array."""
+    padded, where = engine.rows_over(mesh, shape)
+    by_device = where.devices_indices_map(padded)
+    spans = [spans_of(by_device[device], padded)[0] for device in jax.devices()]
+    groups = [spans[first : first + DEVICES_PER_HOST] for first in range(0, len(spans), DEVICES_PER_HOST)]
+    return [
+        (min(min(start for start, _ in group), shape[0]), min(max(stop for _, stop in group), shape[0]))
+        for group in groups
+    ]
 
 
-def measure(size: str) -> tuple[int, int, int]:
-    """(bytes of a release, bytes of it that the first host reads, bytes of the pages that hold those)."""
-    config, mesh = build.SIZES[size](), make_mesh(MeshConfig(data=1, fsdp=HOSTS))
-    shardings, count = engine.by_path(build.shardings(config, mesh)), np.zeros(3, np.int64)
+def in_pages(first: int, last: int, row_bytes: int) -> int:
+    """Bytes of the pages that hold these rows, where the tensor begins at a page."""
+    return (-(-last * row_bytes // PAGE) - first * row_bytes // PAGE) * PAGE if last > first else 0
+
+
+def held_by_hosts(shape: tuple[int, ...], sharding) -> np.ndarray:
+    """Bytes of the numbers that the devices of each host hold, equal ones once."""
+    by_device = sharding.devices_indices_map(shape)
+    held = []
+    for first in range(0, len(jax.devices()), DEVICES_PER_HOST):
+        devices = jax.devices()[first : first + DEVICES_PER_HOST]
+        slices = {tuple(spans_of(by_device[device], shape)) for device in devices}
+        held.append(sum(math.prod(stop - start for start, stop in spans) for spans in slices) * ITEM)
+    return np.array(held)
+
+
+def measure(config) -> dict[str, float]:
+    """Bytes of a checkpoint; of the host for which the ratio is worst: bytes held, and read of either form."""
+    mesh = make_mesh(MESH)
+    shardings, abstract = engine.by_path(build.shardings(config, mesh)), engine.by_path(build.abstract(config)[1])
+    whole, released, ours = 0, np.zeros(HOSTS, np.int64), np.zeros(HOSTS, np.int64)
     for slot in engine.slots(module_of(config).table(config), build.abstract(config)[1]).values():
-        sharding, released = shardings[slot.entry.path], slot.released_shape
-        if slot.layer is not None:
-            sharding = NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
+        shape = slot.released_shape or (1,)
+        whole += math.prod(shape) * ITEM
+        row_bytes = math.prod(shape[1:]) * ITEM
+        released += [in_pages(first, last, row_bytes) for first, last in rows_of_hosts(shape, mesh)]
+        num_bytes = math.prod(slot.shape) * ITEM
+        chunks = max(1, -(-num_bytes // chunk_bytes(num_bytes)))
+        ours += [(last - first) * -(-num_bytes // chunks) for first, last in rows_of_hosts((chunks,), mesh)]
+    held = sum(held_by_hosts(tuple(leaf.shape), shardings[path]) for path, leaf in abstract.items())
+    worst = {name: int(np.argmax(read / held)) for name, read in (("released", released), ("converted", ours))}
+    return {
+        "bytes": whole,
+        "held": int(held[worst["released"]]),
+        "released": int(released[worst["released"]]),
+        "converted": int(ours[worst["converted"]]),
+        "released_over_held": float((released / held).max()),
+        "converted_over_held": float((ours / held).max()),
+    }
 
-        def read(index, released=released):
-            shape = [stop - start for start, stop in spans_of(index, released)]
-            count[1:] += math.prod(shape) * ITEM, pages_of(index, released) * PAGE
-            return np.empty(shape, np.int8)
 
-        count[0] += math.prod(released) * ITEM
-        slot.entry.transform.load(read, slot.shape, sharding.devices_indices_map(slot.shape)[jax.devices()[0]])
-    return tuple(count.tolist())
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("sizes", nargs="*", default=SIZES, metavar="SIZE")
+    parser.add_argument("--json", default="", metavar="FILE")
+    args = parser.parse_args(argv)
+    result = {name: measure(build.SIZES[name]()) for name in args.sizes}
+    for name, of_host in result.items():
+        print(
+            f"{name}: {of_host['bytes'] / 1e9:.2f} GB; a host of {HOSTS} holds {of_host['held'] / 1e6:.1f} MB, reads "
+            f"{of_host['released'] / 1e6:.1f} MB of a release ({of_host['released_over_held']:.3f} at most), "
+            f"{of_host['converted'] / 1e6:.1f} MB converted ({of_host['converted_over_held']:.3f})"
+        )
+    write_record(
+        args.json, {"hosts": HOSTS, "devices": DEVICES_PER_HOST, "mesh": dict(make_mesh(MESH).shape), **result}
+    )
+    over = (max(each["released_over_held"], each["converted_over_held"]) for each in result.values())
+    return int(max(over) > ALLOWED)
 
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", HOSTS)
-    for name in sys.argv[1:] or SIZES:
-        of_all, of_host, in_pages = measure(name)
-        print(
-            f"{name}: {of_all / 1e9:.2f} GB; a host of {HOSTS} reads {of_host / 1e9:.2f} GB ({of_host / of_all:.3f}), "
-            f"in pages {in_pages / 1e9:.2f} GB"
-        )
+    jax.config.update("jax_num_cpu_devices", HOSTS * DEVICES_PER_HOST)
+    sys.exit(main())

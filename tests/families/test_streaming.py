@@ -63,7 +63,7 @@ def test_a_stack_is_never_held_whole(released, tmp_path, monkeypatch):
 
 def test_on_disk_no_piece_holds_parts_of_two_layers(released, tmp_path, monkeypatch):
     """Of what a run saves, too: otherwise a layer could not be read without its stack."""
-    monkeypatch.setattr(orbax_leaves, "CHUNK_BYTES", 100_000)
+    monkeypatch.setattr(orbax_leaves, "LEAST_CHUNK_BYTES", 100_000)
     convert(released, tmp_path / "converted")
     _, params = load_checkpoint(released, CONFIG, make_mesh(devices=jax.devices()[:1]))
     convert_module.save_params(tmp_path / "saved", params, CONFIG)

@@ -272,7 +272,8 @@ class WarnsOnce(logging.Handler):
 
     def __init__(self, name: str):
         super().__init__(logging.WARNING)
-        self.repository, self.printed = name, set()
+        self.repository = name
+        self.printed: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         text = " ".join(record.getMessage().split())

@@ -5,17 +5,22 @@ the leaves. The result is an ordinary checkpoint of JAX arrays.
 """
 
 import asyncio
+import math
+from functools import partial
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from orbax.checkpoint import type_handlers
 
-from medcg_jax.families.weights.engine import Leaf
+from medcg_jax.families.weights.engine import Leaf, Stored
+from medcg_jax.families.weights.tables import Index, Reordered
 
-# Small enough for memory while several are compressed at once, large enough for a disk.
-CHUNK_BYTES = 64 << 20
+# A layer of a matrix, or a whole one, is stored in about so many chunks, so that as many hosts read it once together: a
+# chunk is read whole. Below `LEAST_CHUNK_BYTES` files would be slow.
+NUM_CHUNKS, LEAST_CHUNK_BYTES = 64, 1 << 15
 
 
 class LeafHandler(type_handlers.TypeHandler):
@@ -63,23 +68,51 @@ async def _opened(info) -> Leaf:
     def read(layer: int | None, index: tuple[slice, ...]):
         return store[(*(() if layer is None else (layer,)), *index, ...)].read().result()
 
-    return Leaf(store.shape, store.dtype.numpy_dtype, read)
+    return Leaf(store.shape, store.dtype.numpy_dtype, read, stored=partial(_by_chunks, store))
+
+
+def _by_chunks(store: tensorstore.TensorStore, layer: int | None) -> Stored:
+    """An array, or a layer of one, as it lies in its file: one chunk after another."""
+    before = () if layer is None else (layer,)
+    shape, chunk = store.shape[len(before) :], tuple(store.chunk_layout.read_chunk.shape or store.shape)[len(before) :]
+    # Chunks at the edge of an array are larger than what is left of it, in files of other writers.
+    sizes = tuple(part if part and size % part == 0 else size for size, part in zip(shape, chunk, strict=True))
+    grid = tuple(size // part for size, part in zip(shape, sizes, strict=True))
+    count = math.prod(grid)
+
+    def read(index: Index) -> np.ndarray:
+        numbers = range(count)[index[0]] if index else range(count)
+        places = (np.unravel_index(number, grid) for number in numbers)
+        reads = [
+            store[(*before, *(slice(int(i) * n, int(i + 1) * n) for i, n in zip(place, sizes, strict=True)))].read()
+            for place in places
+        ]
+        return np.stack([each.result() for each in reads])
+
+    order = tuple(axis for pair in zip(range(len(grid)), range(len(grid), 2 * len(grid)), strict=True) for axis in pair)
+    return Stored((count, *sizes), read, Reordered((*grid, *sizes), order, shape))
 
 
 def save(directory: Path, tree, stacked: set[tuple[str, ...]]) -> None:
     """Writes a tree of JAX arrays or `Leaf`s.
 
-    stacked: paths of the leaves whose leading axis counts layers. A chunk on disk has at most `CHUNK_BYTES` and belongs
-      to one layer, so that a layer can be read by itself.
+    stacked: paths of the leaves whose leading axis counts layers. A chunk on disk belongs to one layer, so that a layer
+      can be read by itself.
     """
 
     def cut(path, leaf) -> ocp.SaveArgs:
         axes = (0,) if tuple(key.key for key in path) in stacked else ()
-        return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=axes)
+        num_bytes = math.prod(leaf.shape[len(axes) :]) * np.dtype(leaf.dtype).itemsize
+        return ocp.SaveArgs(chunk_byte_size=chunk_bytes(num_bytes), shard_axes=axes)
 
     args = ocp.args.PyTreeSave(tree, save_args=jax.tree_util.tree_map_with_path(cut, tree))
     with _checkpointer() as checkpointer:
         checkpointer.save(directory.absolute(), args=args)
+
+
+def chunk_bytes(num_bytes: int) -> int:
+    """The most bytes of a chunk of an array, or a layer of one, of `num_bytes`."""
+    return max(LEAST_CHUNK_BYTES, num_bytes // NUM_CHUNKS)
 
 
 def restore(directory: Path, like):
