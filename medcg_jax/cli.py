@@ -255,9 +255,9 @@ def check_mesh(run: RunConfig) -> None:
     """Raises ConfigError if the mesh does not fit the devices or the batches, before anything slower is imported."""
     import jax
 
-    from medcg_jax.mesh import check_batches, mesh_shape
+    from medcg_jax.mesh import check_batches, fitted, mesh_shape
 
-    _, data, fsdp, _ = mesh_shape(run.mesh, jax.device_count())
+    _, data, fsdp, _ = mesh_shape(fitted(run, jax.devices()).mesh, jax.device_count())
     check_batches(data * fsdp, run)
 
 

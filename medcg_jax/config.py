@@ -129,6 +129,8 @@ class MeshConfig:
     fsdp: int = setting(1, least=-1, most=MOST_DEVICES, unit="devices", free=True)
     # Over these the products of each layer are split; -1: all that remain.
     tensor: int = setting(1, least=-1, most=MOST_DEVICES, unit="devices", free=True)
+    # On more or fewer devices than these, a mesh that fits them and the batches is taken (`mesh.fitted`).
+    elastic: bool = setting(False, free=True)
 
 
 @dataclass(frozen=True)

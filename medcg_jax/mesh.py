@@ -1,6 +1,8 @@
 """The device mesh (cell, data, fsdp, tensor), shardings of batches on it, and batches from hosts to devices."""
 
+import dataclasses
 import functools
+import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -74,6 +76,47 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] |
             within, across, devices, process_is_granule=_by_process(devices), allow_split_physical_axes=True
         )
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def fitted(run: RunConfig, devices: Sequence[jax.Device]) -> RunConfig:
+    """With `mesh.elastic`, the run with the nearest mesh for these devices and its batches; else the run itself.
+
+    As much of `tensor` is kept as fits, then as much of `fsdp`; `data` takes the rest. Batches stay as they are, so that
+    losses are those of the other mesh up to rounding, and a device may hold more rows and parameters than before.
+
+    Raises:
+      ConfigError: no mesh of these devices splits the batches.
+    """
+    sizes, count = run.mesh, len(devices)
+    if not sizes.elastic or _fits(sizes, devices, run):
+        return run
+    cell = math.gcd(sizes.cell, count) if sizes.cell > 0 else 1
+    for tensor, fsdp in itertools.product(_divisors(sizes.tensor, count // cell), _divisors(sizes.fsdp, count // cell)):
+        if count // cell % (tensor * fsdp):
+            continue
+        mesh = dataclasses.replace(sizes, cell=cell, data=count // cell // (tensor * fsdp), fsdp=fsdp, tensor=tensor)
+        if _fits(mesh, devices, run):
+            return dataclasses.replace(run, mesh=mesh)
+    batches = [run.train.batch_size // run.train.accumulation_steps, run.eval.batch_size]
+    raise ConfigError(
+        f"mesh.elastic: no mesh of {count} devices splits train.batch_size per accumulation step, {batches[0]}, and "
+        f"eval.batch_size, {batches[1]}; expected a number of devices whose part without tensor divides both, as "
+        f"{math.gcd(*batches)}"
+    )
+
+
+def _fits(sizes: MeshConfig, devices: Sequence[jax.Device], run: RunConfig) -> bool:
+    """Whether there is such a mesh of these devices, and it splits the run's batches."""
+    try:
+        check_batches(num_shards(make_mesh(sizes, devices)), run)
+    except ConfigError:
+        return False
+    return True
+
+
+def _divisors(size: int, count: int) -> list[int]:
+    """The divisors of `count`, the largest first, that divide `size` too; all of them for -1."""
+    return [n for n in range(count, 0, -1) if count % n == 0 and (size == -1 or size % n == 0)]
 
 
 def islands(devices: Sequence[jax.Device]) -> list[int]:

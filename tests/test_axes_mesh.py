@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from medcg_jax import mesh as mesh_lib
 from medcg_jax.axes import MESH_AXES, RULES, spec
-from medcg_jax.config import ConfigError, MeshConfig
-from medcg_jax.mesh import batch_sharding, check_batch, islands, make_mesh, mesh_shape, put_batch
+from medcg_jax.config import ConfigError, MeshConfig, RunConfig, replace
+from medcg_jax.mesh import batch_sharding, check_batch, fitted, islands, make_mesh, mesh_shape, put_batch
 
 
 def test_logical_and_mesh_names_share_no_word():
@@ -55,6 +55,37 @@ def test_the_axis_left_open_takes_what_is_left(cell, data, fsdp, tensor):
 def test_a_mesh_that_does_not_fit_is_refused_in_one_line(config, message):
     with pytest.raises(ConfigError, match=message):
         mesh_shape(config, 8)
+
+
+def elastic(batch_size: int, **sizes: int) -> RunConfig:
+    mesh = MeshConfig(elastic=True, **sizes)
+    return replace(RunConfig(), mesh=mesh, train__batch_size=batch_size, eval__batch_size=4 * batch_size)
+
+
+@settings(deadline=None)
+@given(*[st.sampled_from((1, 2, 4, 8))] * 3, st.integers(1, 8))
+def test_an_elastic_mesh_takes_all_devices_and_splits_the_batches(data, fsdp, tensor, count):
+    run, devices = elastic(24, data=data, fsdp=fsdp, tensor=tensor), jax.devices()[:count]
+    try:
+        sizes = fitted(run, devices).mesh
+    except ConfigError as error:
+        assert count in (5, 7) and f"no mesh of {count} devices" in str(error)
+        return
+    assert sizes.data * sizes.fsdp * sizes.tensor == count and 24 % (sizes.data * sizes.fsdp) == 0
+    assert tensor % sizes.tensor == fsdp % sizes.fsdp == 0
+    if data * fsdp * tensor == count:
+        assert sizes == run.mesh
+
+
+def test_an_elastic_mesh_keeps_what_splits_the_model():
+    on = {count: fitted(elastic(24, data=2, fsdp=2, tensor=2), jax.devices()[:count]).mesh for count in (8, 6, 4, 2, 1)}
+    assert {count: (sizes.data, sizes.fsdp, sizes.tensor) for count, sizes in on.items()} == {
+        8: (2, 2, 2), 6: (3, 1, 2), 4: (1, 2, 2), 2: (1, 1, 2), 1: (1, 1, 1),
+    }  # fmt: skip
+    fixed = replace(RunConfig(), mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    assert fitted(fixed, jax.devices()[:4]) is fixed
+    with pytest.raises(ConfigError, match="no mesh of 5 devices splits .*24, and eval.batch_size, 96; .* as 24"):
+        fitted(elastic(24, fsdp=8), jax.devices()[:5])
 
 
 @settings(deadline=None)

@@ -4,7 +4,8 @@
 # To fill in: --nodes=N, what your cluster asks for (--partition=, --account=, --time=, --gres=gpu:8, --cpus-per-task=,
 # --mem=, each as --NAME=VALUE; --ntasks-per-node=K, 1 unless given, for one process per GPU), and after `--` a verb,
 # train, eval or reproduce, with its arguments, whose workdir every node must see. --dry-run checks, and submits nothing.
-# A run that ends with status 75 has saved and is queued again. PYTHON=/path/to/python names another than .venv's.
+# A run that ends with status 75 has saved and is queued again; with --nodes=MIN-MAX and --config.mesh.elastic=true also
+# on fewer nodes than before. PYTHON=/path/to/python names another than .venv's.
 set -euo pipefail
 refuse() { echo "train.sh: $*; see bash launch/slurm/train.sh --help" >&2; exit 2; }
 
@@ -12,7 +13,7 @@ here="$(cd "$(dirname "$0")" && pwd)"
 dry_run="" nodes="" per_node=1 workdir="" options=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     case "$1" in
-        -h | --help) sed -n '2,7s/^# //p' "$0"; exit 0 ;;
+        -h | --help) sed -n '2,8s/^# //p' "$0"; exit 0 ;;
         --dry-run) dry_run=yes ;;
         --nodes=*) nodes="${1#*=}" ;;
         --ntasks-per-node=*) per_node="${1#*=}" ;;
@@ -23,7 +24,10 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
     esac
     shift
 done
-[[ "$nodes" =~ ^[1-9][0-9]*$ ]] || refuse "--nodes=$nodes: a number of nodes is accepted"
+[[ "$nodes" =~ ^[1-9][0-9]*(-[1-9][0-9]*)?$ ]] || refuse "--nodes=$nodes: a number of nodes is accepted, or MIN-MAX"
+if [[ "$nodes" == *-* && " $* " != *" --config.mesh.elastic=true "* ]]; then
+    refuse "--nodes=$nodes: with --config.mesh.elastic=true a run takes as many as there are"
+fi
 [[ "$per_node" =~ ^[1-9][0-9]*$ ]] || refuse "--ntasks-per-node=$per_node: a number of processes is accepted"
 [ $# -gt 1 ] || refuse "no verb: -- train --config=FILE.py --workdir=/DIR is accepted"
 shift

@@ -27,7 +27,7 @@ from medcg_jax.families.flops import forward, training
 from medcg_jax.families.weights.convert import load_checkpoint
 from medcg_jax.families.weights.files import has_tokenizer
 from medcg_jax.families.weights.kind import check_family, check_weights
-from medcg_jax.mesh import check_batches, make_mesh, num_shards
+from medcg_jax.mesh import check_batches, fitted, make_mesh, num_shards
 from medcg_jax.terminal import doing
 from medcg_jax.train.checkpoint import check_whole
 from medcg_jax.train.losses import mask_loss
@@ -132,7 +132,11 @@ def open_setup(
         check_weights(run.model)
         if directory := checkpoint_dir(run.model):
             check_family(directory, run.model.name)
+    asked, run = run.mesh, fitted(run, devices or jax.devices())
     mesh = make_mesh(run.mesh, devices)
+    if run.mesh != asked:
+        shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if axis != "cell" or size > 1)
+        print(f"mesh.elastic: {mesh.size} devices as {shape}")
     if run.model.matmul == "fp8" and mesh.devices.flat[0].platform == "cpu":
         print("model.matmul=fp8 is emulated on a CPU: rounded as fp8 is, and slower than float32")
     check_batches(num_shards(mesh), run)

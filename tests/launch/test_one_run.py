@@ -1,9 +1,12 @@
 """One run over several hosts: what a JobSet and a TPU VM are given, what is refused, a rehearsal on this machine."""
 
+import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -146,3 +149,36 @@ def test_the_rehearsal_ends_with_the_worst_status_and_prefixed_lines():
     done = local("2", "train", "--config=configs/nothing.py")
     assert done.returncode == 2
     assert sorted(line[:3] for line in done.stdout.splitlines() if "no such file" in line) == ["[0]", "[1]"]
+
+
+@pytest.mark.long
+def test_the_same_command_goes_on_on_fewer_hosts(tmp_path):
+    """Four processes, told to stop after a step; then two of them."""
+    run = (
+        *RUN, "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.mesh.elastic=true",
+        "--config.train.steps=6", "--config.train.checkpoint_every_steps=1", "--config.train.log_every_steps=1",
+    )  # fmt: skip
+    path = str(ROOT / "launch" / "local_multiprocess.sh")
+    env = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    command = ["bash", path, "4", "--devices=2", *run, f"--workdir={tmp_path / 'both'}"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as four:
+        ended = threading.Timer(200, four.kill)
+        ended.start()
+        for line in four.stdout:
+            if "step 1/6" in line:
+                four.send_signal(signal.SIGTERM)
+        assert four.wait(60) == os.EX_TEMPFAIL
+        ended.cancel()
+    two = local("2", "--devices=2", *run, f"--workdir={tmp_path / 'both'}")
+    assert two.returncode == 0, two.stderr
+    assert "mesh.elastic: 4 devices as data 1 x fsdp 2 x tensor 2" in two.stdout
+    alone = local("1", "--devices=8", *run, f"--workdir={tmp_path / 'alone'}")
+    assert alone.returncode == 0, alone.stderr
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics" / "train.jsonl").open()]
+        for name in ("both", "alone")
+    ]
+    assert len(losses[0]) == 6
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)

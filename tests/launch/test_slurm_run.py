@@ -51,6 +51,7 @@ def test_paths_that_are_not_there_are_told_before_a_job_waits_for_hours(tmp_path
     [
         (("--", *RUN, "--workdir=/W"), "--nodes=: "),
         (("--nodes=0", "--", *RUN, "--workdir=/W"), "--nodes=0: "),
+        (("--nodes=2-4", "--", *RUN, "--workdir=/W"), "--config.mesh.elastic=true"),
         (("--nodes=2", "--ntasks-per-node=x", "--", *RUN, "--workdir=/W"), "--ntasks-per-node=x: "),
         (("--nodes=2", "--ntasks=4", "--", *RUN, "--workdir=/W"), "--ntasks=4: "),
         (("--nodes=2", "--array=0-3", "--", *RUN, "--workdir=/W"), "--array=0-3: "),
