@@ -227,7 +227,7 @@ def origin_lines(result: dict) -> list[str]:
 def stage_lines(result: dict) -> list[str]:
     """Seconds of all stages, and what became of those that are not done."""
     taken = [
-        f"{name} {stage['seconds']:.0f}" + f" of {stage['limit_s']:.0f}" * ("limit_s" in stage)
+        f"{name} {stage['seconds']:.0f}" + (f" of {stage['limit_s']:.0f}" if "limit_s" in stage else "")
         for name, stage in result["stages"].items() if "seconds" in stage
     ]  # fmt: skip
     lines = [f"seconds of the stages: {', '.join(taken)}"] if taken else []
