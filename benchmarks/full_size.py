@@ -23,6 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks.convert_memory import memory_of
+from benchmarks.records import write_record
 from medcg_jax.config import RunError
 from medcg_jax.families import build
 from medcg_jax.families.llava.model import LlavaConfig, llava15_7b
@@ -51,13 +52,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of llava-hf/llava-1.5-7b-hf's tokenizer")
     parser.add_argument("--layers", type=int, default=0, help="fewer of the decoder, to try the script; 0: all")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", default="", metavar="FILE")
     args = parser.parse_args(argv)
     result = measure(args.folder, args.tokenizer, of_depth(args.layers))
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.json:
-        args.json.write_text(text + "\n")
+    print(json.dumps(result, indent=1))
+    write_record(args.json, result)
     return 0 if result["holds"] else 1
 
 

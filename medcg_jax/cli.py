@@ -166,7 +166,7 @@ def parser() -> Parser:
                 "of train, eval, generate, loader, convert, startup (default: these), and those of configs/bench_gpu.py"
             )
             verb.add_argument("--stages", default="", metavar="A,B", help=text)
-            text = "HF transformers on the same records in the same run (LLaVA alone; extra `parity`)"
+            text = "HF transformers on the same records in the same run (extra `parity`)"
             verb.add_argument("--against", choices=("torch",), default="", help=text)
     add_ask(verbs)
     add_plan(verbs)

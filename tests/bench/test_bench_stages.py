@@ -318,6 +318,18 @@ def test_what_limits_a_step_is_in_order():
     assert "1500.0 ms a step, 30.0%" in lines[1] and cases.limits(trace, {}, None) == []
 
 
+def test_stages_are_told_with_and_without_a_limit():
+    stages = {
+        "machine": {"status": "done", "seconds": 3.2, "limit_s": 60.0},
+        "train": {"status": "done", "seconds": 58.1},
+        "letters": {"status": "failed", "error": "no memory"},
+    }
+    assert text.stage_lines({"stages": stages}) == [
+        "seconds of the stages: machine 3 of 60, train 58",
+        "letters: failed (no memory)",
+    ]
+
+
 def test_conclusions_compare_like_with_like():
     def row(what, speed, size, dtype="bfloat16", remat="none", **more):
         return {"case": what, "what": what, "samples_per_s": speed, "batch_size": size, "param_dtype": dtype,
