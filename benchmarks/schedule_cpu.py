@@ -42,8 +42,9 @@ MESHES = tuple(
     for data, fsdp, tensor in itertools.product((1, 2, 4, 8), repeat=3)
     if data * fsdp * tensor == NUM_DEVICES
 )
-# Of the machine's measurements: side of the matrices, bytes of an array, payloads and groups of a sum, repetitions.
-SIDE, ARRAY_BYTES, PAYLOADS, GROUP_SIZES, REPEATS = 512, 1 << 23, (1 << 10, 1 << 21), (2, 4, 8), 20
+# Of the machine's measurements: side of the matrices, bytes of an array (more than caches hold, as a model's state is),
+# payloads and groups of a sum, repetitions.
+SIDE, ARRAY_BYTES, PAYLOADS, GROUP_SIZES, REPEATS = 512, 1 << 26, (1 << 10, 1 << 21), (2, 4, 8), 20
 
 
 WALL, CPU = "wall", "cpu"
