@@ -45,21 +45,37 @@ def test_equals_the_hidden_states_of_the_whole_row(family):
         assert np.abs(found - take_positions(whole, at + 1)).max() > 1e-2
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_the_gradients_are_those_of_the_whole_row(remat):
-    batch = rows_of("llava")
+@pytest.mark.parametrize("cross_layer", [0, 1])
+def test_the_last_layer_of_mllama_is_of_either_kind(cross_layer):
+    """Self-attention in the released sizes, cross-attention in the tiny ones; the layers' weights are the same here."""
+    batch, at = rows_of("mllama"), np.array([[3, 17], [5, 5], [0, 20]], np.int32)
+    config = family_toys.setup("mllama").model
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, cross_layers=(cross_layer,)))
+    assert config.text.group_size == 2
+    model = nnx.merge(build.abstract(config)[0], jax.tree.map(jnp.asarray, family_toys.weights("mllama")))
+    features = jax.jit(model.encode_images)({key: batch[key] for key in model.image_keys})
+    for given in (None, features):
+        options = dict(segment_ids=batch["segment_ids"], image_features=given)
+        run = lambda at, options=options: model.hidden(batch["tokens"], at=at, **options)[0]
+        whole, found = jax.jit(lambda run=run: run(None))(), jax.jit(run)(at)
+        assert np.allclose(found, take_positions(whole, at), atol=1e-4, rtol=1e-4)
+    alone, everywhere = (jax.jit(run).lower(x).compile().cost_analysis()["flops"] for x in (at[:, :1], None))
+    assert alone < 0.8 * everywhere
+
+
+@pytest.mark.parametrize(("family", "remat"), [("llava", "none"), ("llava", "full"), ("mllama", "full")])
+def test_the_gradients_are_those_of_the_whole_row(family, remat):
+    batch = rows_of(family)
     at = np.array([[3, 17], [5, 5], [0, 20]], np.int32)
-    config = dataclasses.replace(family_toys.setup("llava").model, remat=remat)
-    params = jax.tree.map(jnp.asarray, family_toys.weights("llava"))
+    config = dataclasses.replace(family_toys.setup(family).model, remat=remat)
+    params = jax.tree.map(jnp.asarray, family_toys.weights(family))
 
     def loss(params, unroll, alone):
         graphdef, _ = build.abstract(dataclasses.replace(config, scan_unroll=unroll))
         model = nnx.merge(graphdef, params)
-        rest = dict(segment_ids=batch["segment_ids"])
-        if alone:
-            hidden, _ = model.hidden(batch["tokens"], {"pixels": batch["pixels"]}, at=at, **rest)
-        else:
-            hidden = take_positions(model.hidden(batch["tokens"], {"pixels": batch["pixels"]}, **rest)[0], at)
+        images, segment_ids = {key: batch[key] for key in model.image_keys}, batch["segment_ids"]
+        hidden, _ = model.hidden(batch["tokens"], images, segment_ids=segment_ids, at=at if alone else None)
+        hidden = hidden if alone else take_positions(hidden, at)
         return jnp.sin(hidden).sum()
 
     expected = jax.jit(jax.grad(lambda params: loss(params, 1, False)))(params)

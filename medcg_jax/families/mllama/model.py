@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from medcg_jax.families.common import FamilyConfig, VisionLanguageModel, bench, cells_of, check_shapes, tiny
 from medcg_jax.families.mllama.text import EXTRA_ROWS, MllamaAdapters, MllamaDecoder, MllamaTextConfig, images_in_view
 from medcg_jax.families.mllama.vit import NUM_TILES, MllamaVision, MllamaVisionConfig
-from medcg_jax.nn.attention import take_positions
 from medcg_jax.nn.context import constrain
 from medcg_jax.nn.layers import Dense
 from medcg_jax.nn.rope import count_positions, rope_angles
@@ -193,10 +192,9 @@ class Mllama(VisionLanguageModel):
         x, states = self.decoder(
             constrain(x, "act_batch", "act_len", "act_embed"),
             angles=rope_angles(positions, text.head_dim, text.rope_theta, text.rope_scaling),
-            segment_ids=segment_ids, cache=slots, memory=memory, attention=self.config.attention, lora=self.lora,
+            segment_ids=segment_ids, cache=slots, memory=memory, attention=self.config.attention, lora=self.lora, at=at,
             visibility=None if memory is None else self.visibility(first, following, num_tiles),
         )  # fmt: skip
-        x = x if at is None else take_positions(x, at)
         if cache is None:
             return x, None
         (k, v), cross = states

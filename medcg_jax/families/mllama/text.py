@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from medcg_jax.families.mllama.vit import gate, gated
-from medcg_jax.nn.attention import masked_attention
-from medcg_jax.nn.blocks import REMAT_POLICIES, DecoderBlock, run_stack
+from medcg_jax.nn.attention import masked_attention, take_positions
+from medcg_jax.nn.blocks import REMAT_POLICIES, DecoderBlock, layers_at_once, run_stack
 from medcg_jax.nn.context import constrain
 from medcg_jax.nn.layers import ACTIVATIONS, Dense, Embedding, RMSNorm, Stack
 from medcg_jax.nn.lora import Adapters, LoraConfig, adapted
@@ -136,9 +136,11 @@ class MllamaDecoder(nnx.Module):
         self.norm = RMSNorm(width, eps=config.norm_eps, **init)
         self.head = Dense("...d,dv->...v", (width, config.vocab_size), ("embed", "vocab"), use_bias=False, **init)
 
-    def __call__(self, x, *, angles, segment_ids, cache, visibility, memory, attention: str, lora=None):
+    def __call__(self, x, *, angles, segment_ids, cache, visibility, memory, attention: str, lora=None, at=None):
         """(float[B, T, D] after the final norm, the new cache: (self k and v, cross k and v or None), or None).
 
+        at: int[B, L]; the first result is float[B, L, D], at these positions; None: at all. The last layer computes no
+          others, if equal groups are unrolled and there is no cache.
         cache: None, or {"k", "v", "segment_ids", "index"} as `DecoderBlock` takes it, for all self-attention layers.
         visibility: keyword arguments of `CrossBlock`. memory: the images' tokens float[B, M, D], or the cross k and v
           of all layers from an earlier call, which are then not returned again; None: no images, and the
@@ -147,7 +149,8 @@ class MllamaDecoder(nnx.Module):
         """
         config = self.config
         if not config.group_size:
-            return self._one_by_one(x, angles, segment_ids, cache, visibility, memory, attention, lora)
+            x, states = self._one_by_one(x, angles, segment_ids, cache, visibility, memory, attention, lora)
+            return self.norm(x if at is None else take_positions(x, at)), states
         groups, cross_index = len(config.cross_layers), config.cross_layers[0]
         graphdef, params = nnx.split(self.blocks)
         grouped = lambda tree: jax.tree.map(lambda w: w.reshape(groups, -1, *w.shape[1:]), tree)
@@ -163,36 +166,43 @@ class MllamaDecoder(nnx.Module):
         shared = {} if cache is None else {name: cache[name] for name in ("segment_ids", "index")}
         known = memory if isinstance(memory, tuple) else None
 
-        def body(cross, x, group):
+        def body(cross, x, group, at=None):
             params, slots, cached_pair, self_lora, cross_lora = group
             pairs, cross_pair = list[tuple[jax.Array, jax.Array]](), None
             cross_adapters = None if lora is None else nnx.merge(cross_graph, cross_lora)
             for i in range(config.group_size):
+                layer_at = at if i == config.group_size - 1 else None
                 if i == cross_index:
+                    seen = visibility
+                    if layer_at is not None:
+                        x, seen = take_positions(x, layer_at), visibility_at(visibility, layer_at)
                     if memory is not None:
                         cross_pair = cross.keys_values(memory, cross_adapters) if cached_pair is None else None
-                        x = cross(x, cross_pair or cached_pair, lora=cross_adapters, **visibility)
+                        x = cross(x, cross_pair or cached_pair, lora=cross_adapters, **seen)
                     continue
                 j = len(pairs)
                 layer = lambda tree, j=j: jax.tree.map(lambda w: w[j], tree)
                 block = nnx.merge(graphdef, layer(params))
                 adapters = None if lora is None else nnx.merge(lora_graph, layer(self_lora))
                 slot = None if slots is None else {"k": slots[0][j], "v": slots[1][j], **shared}
-                x, pair = block(
-                    x, angles=angles, segment_ids=segment_ids, cache=slot, lora=adapters, implementation=attention
-                )
+                options = dict(angles=angles, segment_ids=segment_ids, lora=adapters, implementation=attention)
+                x, pair = block(x, cache=slot, at=layer_at, **options)
                 pairs.append(pair)
             return x, None if slots is None else (jax.tree.map(lambda *layers: jnp.stack(layers), *pairs), cross_pair)
 
         # Rematerialisation works on whole groups.
         per_group = (params, slots, known, self_lora, cross_lora)
-        x, states = run_stack(self.cross, body, x, per_group, unroll=self.unroll, remat=self.remat)
+        unrolled = layers_at_once(groups, self.unroll) == groups
+        last = partial(body, at=at) if at is not None and cache is None and unrolled else None
+        x, states = run_stack(self.cross, body, x, per_group, unroll=self.unroll, remat=self.remat, last=last)
+        if at is not None and last is None:
+            x = take_positions(x, at)
         if states is not None:
             states = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), states[0]), states[1]
         return self.norm(x), states
 
     def _one_by_one(self, x, angles, segment_ids, cache, visibility, memory, attention, lora):
-        """As `__call__`, for cross-attention layers that do not form equal groups; nothing is scanned."""
+        """As `__call__` before the final norm, where cross-attention layers form no equal groups; nothing is scanned."""
         shared = {} if cache is None else {name: cache[name] for name in ("segment_ids", "index")}
         policy = REMAT_POLICIES[self.remat]
         run = (lambda step: step) if self.remat == "none" else partial(jax.checkpoint, policy=policy)
@@ -217,16 +227,23 @@ class MllamaDecoder(nnx.Module):
                 cross_pairs += [] if known else [pair]
             cross += 1
         if cache is None:
-            return self.norm(x), None
+            return x, None
         stacked = [
             jax.tree.map(lambda *layers: jnp.stack(layers), *kind) if kind else None for kind in (pairs, cross_pairs)
         ]
-        return self.norm(x), tuple(stacked)
+        return x, tuple(stacked)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32[..., V] for hidden[..., D]."""
         kernel = self.head.kernel[...].astype(hidden.dtype)
         return jnp.einsum(self.head.equation, hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def visibility_at(visibility: dict | None, at: jax.Array) -> dict | None:
+    """`CrossBlock`'s arguments for the tokens at positions `at` int[B, L] alone."""
+    if visibility is None:
+        return None
+    return visibility | {name: take_positions(visibility[name], at) for name in ("allowed", "sees")}
 
 
 def layer_of(blocks: nnx.Module, index: int, dtype) -> nnx.Module:
