@@ -29,7 +29,7 @@ def shares_are_there(directory: Path, count: int) -> bool:
 
 def are_in(directory: Path) -> bool:
     """Whether there are digests of the files in `directory`: `train.checkpoint` wrote it, no conversion."""
-    return any(_is_share(path.name) for path in directory.iterdir())
+    return directory.is_dir() and any(_is_share(path.name) for path in directory.iterdir())
 
 
 def first_fault(directory: Path, index: int = 0, count: int = 1) -> str | None:

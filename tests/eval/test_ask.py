@@ -7,6 +7,7 @@ from pathlib import Path
 
 import family_toys
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from dicom_files import dicom_bytes
@@ -172,7 +173,11 @@ def test_a_model_that_sees_nothing_or_gives_no_numbers_does_not_answer(tmp_path)
     blind = ask.load(trained(tmp_path / "blind", "llava", with_head_times(0.0)))
     with pytest.raises(BlindModel, match="blind: the model does not see images"):
         blind.score(image, "Is it?", ["yes", "no"])
-    broken = ask.load(trained(tmp_path / "broken", "llava", with_head_times(np.nan)))
+    with pytest.raises(ConfigError, match=r"head.kernel holds NaN or infinity"):
+        ask.load(trained(tmp_path / "damaged", "llava", with_head_times(np.nan)))
+    # Finite weights whose products are not.
+    broken = ask.load(trained(tmp_path / "broken", "llava"))
+    broken._params["decoder"]["head"]["kernel"] = jnp.full_like(broken._params["decoder"]["head"]["kernel"][...], 1e38)
     with pytest.raises(ConfigError, match="broken: the model answers with numbers that are not finite"):
         broken.score(image, "Is it?", ["yes", "no"])
 
