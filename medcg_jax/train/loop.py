@@ -287,7 +287,7 @@ class Loop:
     def _show_progress(self, samples_per_s: float) -> None:
         losses = [run.result.metrics["loss"] for run in self.runs if run.result.metrics and not run.result.error]
         text = f"loss {sum(losses) / len(losses):.4f}, " if losses else ""
-        text += f"{samples_per_s:.0f} samples/s"
+        text += f"{samples_per_s:.0f} samples/s" if samples_per_s >= 10 else f"{samples_per_s:.2g} samples/s"
         if self._options.progress is not None:
             self._options.progress({run.spec.name: run.step for run in self.runs}, text)
         elif jax.process_index() == 0:
