@@ -56,8 +56,8 @@ def test_a_stack_is_never_held_whole(released, tmp_path, monkeypatch):
     assert peak_of(lambda: convert(tmp_path / "orbax", tmp_path / "hf", to="hf")) < bound
     assert convert_memory.compare(released, tmp_path / "hf") == len(convert_memory.open_tensors(released).shapes)
     # Planted: what was read is kept.
-    kept, read = [], engine._read
-    monkeypatch.setattr(engine, "_read", lambda *args: kept.append(read(*args)) or kept[-1])
+    kept, read = [], engine._rows
+    monkeypatch.setattr(engine, "_rows", lambda *args: kept.append(read(*args)) or kept[-1])
     assert peak_of(lambda: convert(released, tmp_path / "kept")) > bound
 
 
@@ -153,7 +153,7 @@ def test_a_cut_off_shard_stops_a_conversion_before_it_begins(released, tmp_path)
 
 @pytest.mark.parametrize("to", ["orbax", "hf"])
 def test_a_failure_in_the_middle_leaves_nothing(to, released, tmp_path, monkeypatch):
-    read, count = engine._read, 0
+    read, count = engine._rows, 0
 
     def fails(*args):
         nonlocal count
@@ -162,7 +162,7 @@ def test_a_failure_in_the_middle_leaves_nothing(to, released, tmp_path, monkeypa
             raise OSError("planted")
         return read(*args)
 
-    monkeypatch.setattr(engine, "_read", fails)
+    monkeypatch.setattr(engine, "_rows", fails)
     with pytest.raises(OSError, match="planted"):
         convert(released, tmp_path / "dst", to=to)
     assert count == 30
@@ -175,14 +175,14 @@ import os, signal, sys
 from pathlib import Path
 from medcg_jax.families.weights import engine
 from medcg_jax.families.weights.convert import convert
-read, count = engine._read, 0
+read, count = engine._rows, 0
 def kills(*args):
     global count
     count += 1
     if count == 30:
         os.kill(os.getpid(), signal.SIGKILL)
     return read(*args)
-engine._read = kills
+engine._rows = kills
 convert(Path(sys.argv[1]), Path(sys.argv[2]), to=sys.argv[3])
 """
 

@@ -138,22 +138,20 @@ def _finite(directory: Path, stacks: set, path, leaf: engine.Leaf) -> engine.Lea
     keys = tuple(key.key for key in path)
     name = f"{directory}: {'.'.join(keys)}"
 
-    def checked(read: Callable[[], np.ndarray], layer: int | None) -> np.ndarray:
-        try:
-            value = read()
-        except ValueError as error:  # TensorStore's, for a damaged file
-            raise WeightsError(f"{name} cannot be read: {str(error)[:200]}") from error
-        engine.check_finite(value, name if layer is None else f"{name}, layer {layer}")
-        return value
-
-    def read(layer: int | None, index: Index) -> np.ndarray:
-        return checked(partial(leaf.read, layer, index), layer)
-
     def stored(layer: int | None) -> engine.Stored:
         in_file = leaf.stored(layer)
-        return dataclasses.replace(in_file, read=lambda index: checked(partial(in_file.read, index), layer))
 
-    return engine.Leaf(leaf.shape, leaf.dtype, read, stacked=keys in stacks, stored=stored)
+        def read(index: Index) -> np.ndarray:
+            try:
+                value = in_file.read(index)
+            except ValueError as error:  # TensorStore's, for a damaged file
+                raise WeightsError(f"{name} cannot be read: {str(error)[:200]}") from error
+            engine.check_finite(value, name if layer is None else f"{name}, layer {layer}")
+            return value
+
+        return dataclasses.replace(in_file, read=read)
+
+    return engine.Leaf(leaf.shape, leaf.dtype, stored, stacked=keys in stacks)
 
 
 def open_checkpoint(src: Path, parts: Mapping[str, Path] = NO_PARTS) -> Checkpoint:

@@ -150,32 +150,33 @@ class Stored:
     read: Callable[[Index], np.ndarray]
     ours: Reordered
 
+    @classmethod
+    def computed(cls, shape: Shape, whole: Callable[[], np.ndarray]) -> "Stored":
+        """What lies in no file: `whole()` makes the parameter."""
+        return cls(shape, lambda index: whole()[index], Reordered(shape, tuple(range(len(shape))), shape))
+
 
 class Leaf:
     """A parameter that is not read yet: `leaf[i]` reads layer i of a stack, `np.asarray(leaf)` all of it.
 
-    read: (layer, index) -> `whole[layer][index]`, or `whole[index]` for the layer None; index: slices of the leading
-      axes.
+    dtype: of what is read. stored: layer -> how that layer lies in its file; None -> how the whole does, if it is not
+      stacked.
     stacked: whether the leading axis counts layers.
-    stored: layer -> how it lies in its file; by default as `read` gives it.
     """
 
-    def __init__(
-        self, shape: Shape, dtype, read: Callable[[int | None, Index], np.ndarray], *, stacked: bool = False,
-        stored: Callable[[int | None], Stored] | None = None,
-    ):  # fmt: skip
-        self.shape, self.dtype, self.read, self.stacked = tuple(shape), np.dtype(dtype), read, stacked
-        self.stored = stored or self._as_read
-
-    def _as_read(self, layer: int | None) -> Stored:
-        shape = self.shape if layer is None else self.shape[1:]
-        return Stored(shape, partial(self.read, layer), Reordered(shape, tuple(range(len(shape))), shape))
+    def __init__(self, shape: Shape, dtype, stored: Callable[[int | None], Stored], *, stacked: bool = False):
+        self.shape, self.dtype, self.stored, self.stacked = tuple(shape), np.dtype(dtype), stored, stacked
 
     def __getitem__(self, layer: int) -> np.ndarray:
-        return self.read(layer, ())
+        return self._read(layer)
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        return np.asarray(self.read(None, ()), dtype)
+        whole = np.stack([self[layer] for layer in range(self.shape[0])]) if self.stacked else self._read(None)
+        return np.asarray(whole, dtype)
+
+    def _read(self, layer: int | None) -> np.ndarray:
+        stored = self.stored(layer)
+        return stored.ours(stored.read(())).astype(self.dtype, copy=False)
 
 
 def lazy(table: list[Entry], abstract, tensors: Tensors, names: dict[str, str], source: str):
@@ -197,25 +198,13 @@ def lazy(table: list[Entry], abstract, tensors: Tensors, names: dict[str, str], 
         by_layer = layers[tuple(key.key for key in path)]
         dtype = reduce(jnp.promote_types, (tensors.dtype(name) for _, name in by_layer.values()))
 
-        def read(layer: int | None, index: Index) -> np.ndarray:
-            if layer not in by_layer:
-                chosen = range(len(by_layer))[index[0] if index else slice(None)]
-                return np.stack([read(i, index[1:]) for i in chosen])
-            slot, name = by_layer[layer]
-            return _read(slot, tensors, name, index).astype(dtype, copy=False)
-
         def stored(layer: int | None) -> Stored:
             slot, name = by_layer[layer]
             return Stored(slot.released_shape, partial(_rows, tensors, name), slot.entry.transform.ours(slot.shape))
 
-        return Leaf(like.shape, dtype, read, stacked=None not in by_layer, stored=stored)
+        return Leaf(like.shape, dtype, stored, stacked=None not in by_layer)
 
     return jax.tree_util.tree_map_with_path(leaf, abstract, is_leaf=is_quantized)
-
-
-def _read(slot: Slot, tensors: Tensors, name: str, index: Index) -> np.ndarray:
-    """The slice `index` of our array of a released tensor; vocabulary rows beyond ours are not read."""
-    return slot.entry.transform.load(partial(_rows, tensors, name), slot.shape, index)
 
 
 def _rows(tensors: Tensors, name: str, index: Index) -> np.ndarray:
@@ -228,11 +217,10 @@ def _rows(tensors: Tensors, name: str, index: Index) -> np.ndarray:
 def dequantized(q) -> Leaf:
     """A quantised stack as a `Leaf` in float32, for files; all of it must be on devices of this process."""
 
-    def read(layer: int | None, index: Index) -> np.ndarray:
-        stored = q if layer is None else jax.tree.map(lambda w: w[layer], q)
-        return np.asarray(_dequantize(stored))[index]
+    def stored(layer: int | None) -> Stored:
+        return Stored.computed(q.shape[1:], lambda: np.asarray(_dequantize(jax.tree.map(lambda w: w[layer], q))))
 
-    return Leaf(q.shape, np.float32, read, stacked=True)
+    return Leaf(q.shape, np.float32, stored, stacked=True)
 
 
 @jax.jit

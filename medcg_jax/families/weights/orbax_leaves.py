@@ -38,7 +38,9 @@ class LeafHandler(type_handlers.TypeHandler):
         for leaf, arg, store in zip(values, args, stores, strict=True):
             # Each layer is written before the next one is read.
             for layer in range(leaf.shape[0]) if arg.shard_axes else (None,):
-                await _done(store[... if layer is None else layer].write(leaf.read(layer, ())))
+                await _done(
+                    store[... if layer is None else layer].write(np.asarray(leaf if layer is None else leaf[layer]))
+                )
         return []
 
     async def deserialize(self, infos, args=None):
@@ -65,11 +67,7 @@ async def _done(operation):
 async def _opened(info) -> Leaf:
     spec = type_handlers.get_json_tspec_read(info, use_ocdbt=info.is_ocdbt_checkpoint)
     store = await tensorstore.open(tensorstore.Spec(spec), open=True, context=info.ts_context)
-
-    def read(layer: int | None, index: tuple[slice, ...]):
-        return store[(*(() if layer is None else (layer,)), *index, ...)].read().result()
-
-    return Leaf(store.shape, store.dtype.numpy_dtype, read, stored=partial(_by_chunks, store))
+    return Leaf(store.shape, store.dtype.numpy_dtype, partial(_by_chunks, store))
 
 
 def _by_chunks(store: tensorstore.TensorStore, layer: int | None) -> Stored:
@@ -77,16 +75,16 @@ def _by_chunks(store: tensorstore.TensorStore, layer: int | None) -> Stored:
     before = () if layer is None else (layer,)
     shape, chunk = store.shape[len(before) :], tuple(store.chunk_layout.read_chunk.shape or store.shape)[len(before) :]
     # Chunks at the edge of an array are larger than what is left of it, in files of other writers.
-    sizes = tuple(part if part and size % part == 0 else size for size, part in zip(shape, chunk, strict=True))
-    grid = tuple(size // part for size, part in zip(shape, sizes, strict=True))
+    sizes = tuple(length if length and size % length == 0 else size for size, length in zip(shape, chunk, strict=True))
+    grid = tuple(size // length for size, length in zip(shape, sizes, strict=True))
     count = math.prod(grid)
 
     def read(index: Index) -> np.ndarray:
         numbers = range(count)[index[0]] if index else range(count)
-        places = (np.unravel_index(number, grid) for number in numbers)
+        corners = (np.unravel_index(number, grid) for number in numbers)
         reads = [
-            store[(*before, *(slice(int(i) * n, int(i + 1) * n) for i, n in zip(place, sizes, strict=True)))].read()
-            for place in places
+            store[(*before, *(slice(int(i) * n, int(i + 1) * n) for i, n in zip(corner, sizes, strict=True)))].read()
+            for corner in corners
         ]
         return np.stack([each.result() for each in reads])
 

@@ -17,7 +17,7 @@ from flax import nnx
 from safetensors.numpy import save
 
 from medcg_jax.families.weights import engine
-from medcg_jax.families.weights.engine import Leaf
+from medcg_jax.families.weights.engine import Leaf, Stored
 from medcg_jax.families.weights.fields import expect, number, quoted
 from medcg_jax.families.weights.files import Tensors, WeightsError, joined, open_bin, open_safetensors, read_json
 from medcg_jax.families.weights.hub import REPOSITORY
@@ -139,14 +139,16 @@ def merged(family, params, config):
 def _sum(kernel, adapter, scale: float) -> Leaf:
     kernel = engine.dequantized(kernel) if is_quantized(kernel) else kernel
 
-    def read(layer: int | None, index: tuple[slice, ...]) -> np.ndarray:
-        if layer is None:
-            return np.stack([read(i, ()) for i in range(kernel.shape[0])])[index]
+    def merged_layer(layer: int) -> np.ndarray:
         a, b = (np.asarray(adapter[half][layer], np.float32) for half in "ab")
         total = np.asarray(kernel[layer]).astype(np.float32) + scale * np.tensordot(a, b, 1)
-        return total.astype(kernel.dtype)[index]
+        return total.astype(kernel.dtype)
 
-    return Leaf(kernel.shape, kernel.dtype, read, stacked=True)
+    def stored(layer: int | None) -> Stored:
+        assert layer is not None  # of a stack
+        return Stored.computed(kernel.shape[1:], lambda: merged_layer(layer))
+
+    return Leaf(kernel.shape, kernel.dtype, stored, stacked=True)
 
 
 def _targets(adapters):

@@ -11,9 +11,6 @@ import numpy as np
 
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
-# A slice in more pieces of the released tensor than this is cut from the whole tensor; among the five families only of
-# Llama-3.2-Vision's positions of tiles.
-MAX_PIECES = 64
 
 
 @dataclass(frozen=True)
@@ -41,26 +38,6 @@ class Transform:
         factors, order = self.layout(shape)
         return Reordered(tuple(size for axis in factors for size in axis), tuple(order), shape)
 
-    def load(self, read: Callable[[Index], np.ndarray], shape: Shape, index: Index = ()) -> np.ndarray:
-        """`ours[index]`, where `shape` is the shape of ours and `read` gives slices of the released tensor.
-
-        Only what `index` needs is read, with two exceptions: an axis is read whole if a slice ends within a factor of
-        it, and the tensor if the slice is in more than `MAX_PIECES` pieces.
-        """
-        factors, order = self.layout(shape)
-        sizes = [size for axis in factors for size in axis]
-        spans, local = _factor_spans(sizes, order, shape, index)
-        pieces, num_before = [], 0
-        for axis in factors:
-            pieces.append(_pieces(axis, spans[num_before : num_before + len(axis)]))
-            num_before += len(axis)
-        if math.prod(map(len, pieces)) > MAX_PIECES:
-            return self.load(read, shape)[index]
-        value = _gathered(read, pieces, ())
-        lengths = [stop - start for start, stop in spans]
-        merged = value.reshape(lengths).transpose(order).reshape([size for size, _ in local])
-        return merged[tuple(axis_slice for _, axis_slice in local) + (...,)]
-
 
 @dataclass(frozen=True)
 class Reordered:
@@ -75,54 +52,10 @@ class Reordered:
         return released.reshape(self.sizes).transpose(self.order).reshape(self.shape)
 
 
-def _factor_spans(sizes, order, shape: Shape, index: Index):
-    """(start and stop to read of each factor, (length read, slice of it to take) of each of our axes).
-
-    A slice of an axis of several factors is a span of the first factor, if its ends are multiples of the others.
-    """
-    spans, local, position = [(0, size) for size in sizes], [], 0
-    for size, (start, stop) in zip(shape, spans_of(index, shape), strict=True):
-        product, axis = 1, list[int]()
-        while position < len(order) and (not axis or product < size):
-            axis.append(order[position])
-            product *= sizes[order[position]]
-            position += 1
-        first = next((factor for factor in axis if sizes[factor] > 1), axis[0])
-        inner = size // sizes[first]
-        if start % inner == stop % inner == 0:
-            spans[first] = start // inner, stop // inner
-            local.append((stop - start, slice(None)))
-        else:
-            local.append((size, slice(start, stop)))
-    return spans, local
-
-
 def spans_of(index: Index, shape: Shape) -> list[tuple[int, int]]:
     """(start, stop) of every axis; axes beyond `index` are whole."""
     whole = index + (slice(None),) * (len(shape) - len(index))
     return [axis_slice.indices(size)[:2] for axis_slice, size in zip(whole, shape, strict=True)]
-
-
-def _pieces(sizes: Shape, spans) -> list[slice]:
-    """The slices of a released axis that correspond to these spans of its factors.
-
-    Example: heads 1 to 2 of the queries, keys and values of a fused axis are three slices.
-    """
-    pieces = [(0, 1)]
-    for size, (start, stop) in zip(sizes, spans, strict=True):
-        if stop - start == size:
-            pieces = [(first * size, last * size) for first, last in pieces]
-        else:
-            pieces = [(i * size + start, i * size + stop) for first, last in pieces for i in range(first, last)]
-    return [slice(*piece) for piece in pieces]
-
-
-def _gathered(read, pieces: list[list[slice]], index: Index) -> np.ndarray:
-    """The array of all combinations of the pieces of each axis."""
-    if len(index) == len(pieces):
-        return read(index)
-    arrays = [_gathered(read, pieces, (*index, piece)) for piece in pieces[len(index)]]
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=len(index))
 
 
 # ------------------------------------------------------------------ the vocabulary of tables
