@@ -1,6 +1,6 @@
 """Seconds and bytes of a start on 64 hosts, part by part: `python -m benchmarks.pod_start [SIZE ...]`.
 
-From the launcher's start of a process to its first step, for a first start (weights of a release) and one from the run's
+From the start of a process until its first step is handed to the devices, for a first start (weights of a release) and one from the run's
 checkpoint (parameters and moments in float32). What the process does itself is measured here on this machine's cores by
 `benchmarks.startup`, programs from the cache, or taken from its record; what waits for storage and links is computed:
 bytes of `benchmarks.bytes_per_host` at the bandwidths that the flags state. No pod was started. Left out: the queue, the
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("sizes", nargs="*", default=[*CONFIGS], metavar="SIZE")
     parser.add_argument(
-        "--storage_gb_per_s", type=float, default=40.0, help="of the shared storage, for all hosts (40)"
+        "--storage_gb_per_s", type=float, default=40.0, help="of the shared storage, for all hosts; assumed (40)"
     )
     parser.add_argument("--nic_gb_per_s", type=float, default=12.5, help="of a host's network (12.5: 100 Gbit/s)")
     parser.add_argument("--device", default="TPU v5 lite", help="whose links exchange rows (TPU v5 lite)")
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         print(
             f"  computed: weights {start['read_s']:.1f} s ({start['read_bytes_per_host'] / 1e6:.0f} MB a host, "
             f"{start['read_over_held']:.2f} of what its devices hold), exchange {start['exchange_s']:.2f} s; "
-            f"to the first step {process_s + start['read_s'] + start['exchange_s']:.1f} s\n"
+            f"until the first step is handed over {process_s + start['read_s'] + start['exchange_s']:.1f} s\n"
             f"  from a checkpoint: {start['state_s']:.1f} s more ({start['state_bytes_per_host'] / 1e6:.0f} MB a host); "
             f"if every host read all pages of the release: {start['all_pages_s']:.1f} s"
         )

@@ -5,7 +5,7 @@
 The meshes are those of `benchmarks.meshes`. Programs are compiled with the compiler's full effort, as a run's; their
 schedules are simulated at published peaks, and nothing is executed. `--option=NAME=` takes an option back that plan sets;
 `--option=xla_gpu_enable_pipelined_all_gather=false` is how to see what a flag of `platform.py` does. A record keeps the
-rows of other labels and topologies. `--texts=FOLDER` keeps the programs' texts, and takes those that are there instead of
+rows of other labels and topologies, each with its libtpu: compare within one. `--texts=FOLDER` keeps the programs' texts, and takes those that are there instead of
 compiling.
 """
 
@@ -63,7 +63,9 @@ def step_of(run: RunConfig, where: str, options: dict, text_file: Path | None) -
     mesh_devices = list(planned.mesh.devices.flat)
     result = {"topology": where, "mesh": dict(planned.mesh.shape), "batch_size": row.batch_size, "options": options}
     if text_file and text_file.exists():
-        text, result["compile_cpu_s"], result["peak_bytes"] = text_file.read_text(encoding="utf-8"), None, None
+        # By whichever compiler wrote the text.
+        text, absent = text_file.read_text(encoding="utf-8"), ("compile_cpu_s", "peak_bytes", "libtpu")
+        result |= dict.fromkeys(absent)
     else:
         chosen = topology.compiler_options(mesh_devices[0], countable=False) | options
         chosen = {name: value for name, value in chosen.items() if value is not None}
@@ -78,6 +80,7 @@ def step_of(run: RunConfig, where: str, options: dict, text_file: Path | None) -
         result |= {
             "compile_cpu_s": round(program.cpu_s, 1),
             "peak_bytes": program.program.memory_analysis().peak_memory_in_bytes,
+            "libtpu": topology.about_here()["versions"].get("libtpu"),
         }
         if text_file:
             text_file.write_text(text, encoding="utf-8")

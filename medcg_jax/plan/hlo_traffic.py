@@ -134,28 +134,30 @@ class Traffic:
     def _used(self, computation: str, op: Instruction) -> int:
         """Bytes that a computation reads of the array that `op` is, all of it at most."""
         whole, used = num_bytes(_plain(op.shape)), 0
-        for user, place in self._users(computation).get(op.name, ()):
-            if user.opcode in SLICES and place == 0:
+        for user, operand_index in self._users(computation).get(op.name, ()):
+            if user.opcode in SLICES and operand_index == 0:
                 used += num_bytes(user.shape)
             elif user.opcode in ("bitcast", "reshape", "get-tuple-element"):
                 used += self._used(computation, user)
             elif user.opcode == "fusion":
                 called = user.called()[0]
-                used += self._used(called, self._parameter(called, place))
+                used += self._used(called, self._parameter(called, operand_index))
             elif user.opcode in PLAIN | SLICES | UPDATES.keys():
-                in_place = user.opcode in UPDATES and place == 0 or "AsyncCollective" in user.text
+                in_place = user.opcode in UPDATES and operand_index == 0 or "AsyncCollective" in user.text
                 used += 0 if in_place else whole
             elif user.opcode not in STILL and kind_of(user) is None:
                 raise ValueError(f"{user.name}: what {user.opcode} reads inside a fusion is not known here")
         return min(used, whole)
 
     def _users(self, computation: str) -> dict[str, list[tuple[Instruction, int]]]:
-        """Name -> the instructions that take it, and at which place among their operands."""
+        """Name -> the instructions that take it, and its index among their operands."""
         if computation not in self._found_users:
             users = self._found_users[computation] = defaultdict(list)
             for user in self.program.computations[computation]:
-                for place, name in enumerate(() if user.opcode in ("parameter", "constant") else operands(user)):
-                    users[name].append((user, place))
+                for operand_index, name in enumerate(
+                    () if user.opcode in ("parameter", "constant") else operands(user)
+                ):
+                    users[name].append((user, operand_index))
         return self._found_users[computation]
 
     def _results(self, computation: str) -> list[tuple[str, str]]:

@@ -37,42 +37,42 @@ def rows_of(
 @settings(deadline=None)
 @given(st.integers(1, 600), st.integers(1, 600), st.booleans())
 def test_lengths_are_few_and_hold_what_they_must(text, image_tokens, grow):
-    made = rows_of([1], text=text, image_tokens=image_tokens, grow=grow)
+    rows = rows_of([1], text=text, image_tokens=image_tokens, grow=grow)
     most = text + image_tokens
-    found = [batch_length(made, longest) for longest in range(1, most + 1)]
-    assert all(longest <= length <= most for longest, length in enumerate(found, 1))
-    assert found == sorted(found) and len(set(found)) <= MOST
-    alone = [text_length(made, longest) for longest in range(1, most + 1)]
+    lengths = [batch_length(rows, longest) for longest in range(1, most + 1)]
+    assert all(longest <= length <= most for longest, length in enumerate(lengths, 1))
+    assert lengths == sorted(lengths) and len(set(lengths)) <= MOST
+    alone = [text_length(rows, longest) for longest in range(1, most + 1)]
     assert all(longest <= length < longest + text // MOST + 4 for longest, length in enumerate(alone, 1))
     assert len(set(alone[:text])) <= MOST and max(alone) == most
 
 
 def test_lengths_of_a_large_model():
-    made = rows_of([1], text=192, image_tokens=576)
-    assert [batch_length(made, n) for n in (10, 577, 640, 641, 705, 768)] == [576, 640, 640, 704, 768, 768]
-    assert [text_length(made, n) for n in (1, 48, 49, 192, 700)] == [48, 48, 96, 192, 720]
+    rows = rows_of([1], text=192, image_tokens=576)
+    assert [batch_length(rows, n) for n in (10, 577, 640, 641, 705, 768)] == [576, 640, 640, 704, 768, 768]
+    assert [text_length(rows, n) for n in (1, 48, 49, 192, 700)] == [48, 48, 96, 192, 720]
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 520), min_size=1, max_size=30), st.integers(1, 7))
 def test_batches_are_no_more_and_no_longer_than_in_the_records_order(lengths, batch_size):
-    made = rows_of(lengths, text=512, image_tokens=8)
-    assert sorted(eval_order(made)) == list(range(len(lengths)))
-    found = list(eval_batches(made, batch_size))
-    assert sorted(name for _, ids in found for name in ids) == sorted(map(str, range(len(lengths))))
+    rows = rows_of(lengths, text=512, image_tokens=8)
+    assert sorted(eval_order(rows)) == list(range(len(lengths)))
+    batches = list(eval_batches(rows, batch_size))
+    assert sorted(name for _, ids in batches for name in ids) == sorted(map(str, range(len(lengths))))
     in_order = [lengths[i : i + batch_size] for i in range(0, len(lengths), batch_size)]
-    assert len(found) == len(in_order)
-    shapes = [batch["tokens"].shape for batch, _ in found]
-    assert all(shape == batch["segment_ids"].shape for shape, (batch, _) in zip(shapes, found, strict=True))
-    assert sum(shape[1] for shape in shapes) <= sum(batch_length(made, max(part)) for part in in_order)
-    for batch, ids in found:
+    assert len(batches) == len(in_order)
+    shapes = [batch["tokens"].shape for batch, _ in batches]
+    assert all(shape == batch["segment_ids"].shape for shape, (batch, _) in zip(shapes, batches, strict=True))
+    assert sum(shape[1] for shape in shapes) <= sum(batch_length(rows, max(part)) for part in in_order)
+    for batch, ids in batches:
         assert batch["segment_ids"].sum(1)[: len(ids)].tolist() == [lengths[int(name)] for name in ids]
 
 
 def test_rows_without_any_image_are_no_longer_than_their_text():
-    made = rows_of([20, 60, 33, 70], text=192, image_tokens=576, image="")
-    found = [batch["tokens"].shape[1] for batch, _ in eval_batches(made, 2)]
-    assert found == [96, 48] and eval_order(made).tolist() == [1, 3, 0, 2]
+    rows = rows_of([20, 60, 33, 70], text=192, image_tokens=576, image="")
+    widths = [batch["tokens"].shape[1] for batch, _ in eval_batches(rows, 2)]
+    assert widths == [96, 48] and eval_order(rows).tolist() == [1, 3, 0, 2]
     assert {
         batch["tokens"].shape[1] for batch, _ in eval_batches(rows_of([20, 60], text=192, image_tokens=576), 2)
     } == {576}
@@ -87,24 +87,24 @@ def asked_sets(draw):
     openings = [[20] * random.integers(1, 3) for _ in range(count)]
     stems = [random.integers(30, 90, random.integers(0, 4)).tolist() for _ in range(count)]
 
-    def made(places, numbers, records):
+    def encoded(places, numbers, records):
         tokens = np.zeros((len(places), TEXT + IMAGE_TOKENS), np.int32)
         lengths = np.zeros(len(places), np.int32)
-        for i, place in enumerate(places):
-            text = [*stems[place], 100 + numbers[i], *random.integers(30, 90, random.integers(0, 6))]
-            row = [*openings[place], *([IMAGE] * IMAGE_TOKENS if has_image[place] else []), *text]
+        for i, image in enumerate(places):
+            text = [*stems[image], 100 + numbers[i], *random.integers(30, 90, random.integers(0, 6))]
+            row = [*openings[image], *([IMAGE] * IMAGE_TOKENS if has_image[image] else []), *text]
             tokens[i, : len(row)], lengths[i] = row, len(row)
         arrays = {"tokens": tokens, "length": lengths, "last_position": lengths - 1,
                   "option_ids": np.asarray(numbers, np.int32)[:, None]}  # fmt: skip
         return Encoded(records, fmt, arrays, {"pixels": np.asarray(places)[:, None]})
 
     records = [Record(str(i), "s", (), image="x.png" if has else "") for i, has in enumerate(has_image)]
-    sets = [made(range(count), range(count), RecordSet(records, np.zeros((count, 1, 1, 3))))]
+    sets = [encoded(range(count), range(count), RecordSet(records, np.zeros((count, 1, 1, 3))))]
     total = count
     for _ in range(draw(st.integers(1, 3))):
         places = draw(st.lists(st.integers(0, count - 1), max_size=count))
         numbers = range(total, total + len(places))
-        sets.append(made(places, numbers, SimpleNamespace(places=tuple(places))))
+        sets.append(encoded(places, numbers, SimpleNamespace(places=tuple(places))))
         total += len(places)
     return sets, [len(opening) + (IMAGE_TOKENS if has else 0) for opening, has in zip(openings, has_image)], stems
 
@@ -116,12 +116,15 @@ def test_every_question_is_asked_once_whole_and_beside_its_image(made, shape):
     plain, controls = sets[0], sets[1:]
     every = [(part, i) for part in controls for i in range(len(part.arrays["tokens"]))]
     own_rows = np.split(np.arange(batch_size), processes)
-    firsts = [list(eval_rows(plain, batch_size, rows=own)) for own in own_rows]
-    parts = [list(further_questions(plain, controls, batch_size, image_token_id=IMAGE, rows=own)) for own in own_rows]
+    firsts = [list(eval_rows(plain, batch_size, rows=rows_here)) for rows_here in own_rows]
+    parts = [
+        list(further_questions(plain, controls, batch_size, image_token_id=IMAGE, rows=rows_here))
+        for rows_here in own_rows
+    ]
     seen = []
     for drawn, together in zip(zip(*firsts, strict=True), zip(*parts, strict=True), strict=True):
         before, indices = (
-            np.concatenate([one.batch["tokens"] for one in drawn]),
+            np.concatenate([batch.batch["tokens"] for batch in drawn]),
             np.concatenate([d.indices for d in drawn]),
         )
         for turn in zip(*together, strict=True):
@@ -144,12 +147,12 @@ def test_every_question_is_asked_once_whole_and_beside_its_image(made, shape):
 
 
 def test_a_question_that_differs_before_its_image_is_no_control():
-    made = rows_of([12, 12])
-    made.arrays["tokens"][:, 1 : 1 + IMAGE_TOKENS] = IMAGE
-    made.arrays["option_ids"] = np.zeros((2, 2), np.int32)
-    arrays = {key: array.copy() for key, array in made.arrays.items()}
-    other = Encoded(SimpleNamespace(places=(0, 1)), made.format, arrays, {})
-    assert [len(asked) for asked in further_questions(made, [other], 2, image_token_id=IMAGE)] == [1]
+    rows = rows_of([12, 12])
+    rows.arrays["tokens"][:, 1 : 1 + IMAGE_TOKENS] = IMAGE
+    rows.arrays["option_ids"] = np.zeros((2, 2), np.int32)
+    arrays = {key: array.copy() for key, array in rows.arrays.items()}
+    other = Encoded(SimpleNamespace(places=(0, 1)), rows.format, arrays, {})
+    assert [len(asked) for asked in further_questions(rows, [other], 2, image_token_id=IMAGE)] == [1]
     arrays["tokens"][1, 0] = 7
     with pytest.raises(ValueError, match="record 1: .* before the end of the image"):
-        list(further_questions(made, [other], 2, image_token_id=IMAGE))
+        list(further_questions(rows, [other], 2, image_token_id=IMAGE))

@@ -32,29 +32,29 @@ FREE = ("llava", "next_chat")
 @functools.cache
 def asked(family: str):
     """(questions of two and of four options, the same asked again)."""
-    found = family_toys.setup(family)
+    opened = family_toys.setup(family)
     sets = [SOURCE.records(name, "test") for name in SUBSETS]
     records = concat([sets[0].select(range(3)), sets[1].select(range(2))])
     again = control_sets(records, SHARED, 0)
-    return found.encode_eval(records), {
-        name: found.encode_eval(made, memory_limit_bytes=0) for name, made in again.items()
+    return opened.encode_eval(records), {
+        name: opened.encode_eval(of_control, memory_limit_bytes=0) for name, of_control in again.items()
     }
 
 
 def made_tester(family: str, mesh: str | None = None, *, batch_size: int = BATCH) -> subsets.Tester:
-    found = family_toys.setup(family, mesh)
+    opened = family_toys.setup(family, mesh)
     options = dict(eval__batch_size=batch_size, eval__max_new_tokens=NEW, eval__generate=family in FREE)
-    found = dataclasses.replace(found, run=replace(found.run, **options))
-    return subsets.Tester(found, build.abstract(found.model)[0], sees=True)
+    opened = dataclasses.replace(opened, run=replace(opened.run, **options))
+    return subsets.Tester(opened, build.abstract(opened.model)[0], sees=True)
 
 
 def one_by_one(family: str, encoded, *, generate: bool):
     """The answers of the program that reads every row and its images whole."""
-    found = family_toys.setup(family)
-    graphdef, places = build.abstract(found.model)[0], build.shardings(found.model, found.mesh)
-    options = dict(eos_id=found.tokenizer.eos_id, max_new_tokens=NEW, generate=generate)
-    program = make_evaluator(found.mesh, graphdef, places, **options)
-    return evaluate(program, family_toys.placed(family, None), encoded, found.tokenizer, batch_size=BATCH)
+    opened = family_toys.setup(family)
+    graphdef, places = build.abstract(opened.model)[0], build.shardings(opened.model, opened.mesh)
+    options = dict(eos_id=opened.tokenizer.eos_id, max_new_tokens=NEW, generate=generate)
+    program = make_evaluator(opened.mesh, graphdef, places, **options)
+    return evaluate(program, family_toys.placed(family, None), encoded, opened.tokenizer, batch_size=BATCH)
 
 
 def ask(test: subsets.Tester, family: str, *, mesh: str | None = None, again=None, params=None):
@@ -68,12 +68,12 @@ def scores(predictions):
     return np.concatenate([p.logprobs for p in predictions])
 
 
-def check_alike(found, expected, *, generated: bool) -> None:
-    assert [(p.id, p.options, p.answer, p.predicted) for p in found] == [
+def check_alike(answers, expected, *, generated: bool) -> None:
+    assert [(p.id, p.options, p.answer, p.predicted) for p in answers] == [
         (p.id, p.options, p.answer, p.predicted) for p in expected
     ]
-    assert np.abs(scores(found) - scores(expected)).max() < 2e-4
-    assert [p.generated for p in found] == [p.generated if generated else None for p in expected]
+    assert np.abs(scores(answers) - scores(expected)).max() < 2e-4
+    assert [p.generated for p in answers] == [p.generated if generated else None for p in expected]
 
 
 @pytest.mark.parametrize("family", others_long(TINY))
@@ -99,10 +99,10 @@ def test_answers_are_those_of_asking_one_by_one(family):
     assert len(firsts) == 2 and sum(map(len, controls.values())) == 16
     assert len(further) <= 10 and max(further) < min(firsts)
     # Planted: a control believed to be about other images than it is.
-    made = again["shift_1"]
-    records = made.records.select(range(len(made)))
-    records.places = made.records.places[1:] + made.records.places[:1]
-    _, wrong = ask(test, family, again={"shift_1": dataclasses.replace(made, records=records)})
+    shifted = again["shift_1"]
+    records = shifted.records.select(range(len(shifted)))
+    records.places = shifted.records.places[1:] + shifted.records.places[:1]
+    _, wrong = ask(test, family, again={"shift_1": dataclasses.replace(shifted, records=records)})
     assert np.abs(scores(wrong["shift_1"]) - scores(controls["shift_1"])).max() > 1e-2
 
 
@@ -115,8 +115,8 @@ def test_no_control_changes_a_byte_of_the_test_itself(family):
 @pytest.mark.long
 def test_the_mesh_and_the_batch_change_nothing():
     alone, mesh = ask(made_tester("llava"), "llava"), "data, fsdp, tensor"
-    found = ask(made_tester("llava", mesh, batch_size=8), "llava", mesh=mesh)
-    for a, b in zip([found[0], *found[1].values()], [alone[0], *alone[1].values()], strict=True):
+    on_mesh = ask(made_tester("llava", mesh, batch_size=8), "llava", mesh=mesh)
+    for a, b in zip([on_mesh[0], *on_mesh[1].values()], [alone[0], *alone[1].values()], strict=True):
         check_alike(a, b, generated=True)
 
 
@@ -143,25 +143,25 @@ def test_the_devices_have_the_next_test_before_the_last_one_is_read(monkeypatch)
             raise Interrupted("told to stop")
         return lambda: events.append(f"read {item.name}") or ([item.name], {})
 
-    found = test.run(None, (SubsetTest(None, name=name) for name in "abcd"))
-    answered = [next(found)[0], next(found)[0]]
+    results = test.run(None, (SubsetTest(None, name=name) for name in "abcd"))
+    answered = [next(results)[0], next(results)[0]]
     assert answered == [["a"], ["b"]] and events == ["ask a", "ask b", "read a", "ask c", "read b"]
     with pytest.raises(Interrupted):
-        next(found)
+        next(results)
     # The same where a later test cannot be encoded.
-    found = test.run(None, (SubsetTest(None, name="ab"[1 // (1 - i)]) for i in range(2)))
-    assert next(found) == (["b"], {})
+    results = test.run(None, (SubsetTest(None, name="ab"[1 // (1 - i)]) for i in range(2)))
+    assert next(results) == (["b"], {})
     with pytest.raises(ZeroDivisionError):
-        next(found)
+        next(results)
 
 
 def test_the_next_item_is_made_while_one_is_used():
-    made = []
-    items = one_ahead(made.append(i) or i for i in range(3))
+    drawn = []
+    items = one_ahead(drawn.append(i) or i for i in range(3))
     assert next(items) == 0
-    while made != [0, 1]:  # in another thread
+    while drawn != [0, 1]:  # in another thread
         pass
-    assert list(items) == [1, 2] and made == [0, 1, 2]
+    assert list(items) == [1, 2] and drawn == [0, 1, 2]
     failing = one_ahead(1 // i for i in (1, 0))
     assert next(failing) == 1
     with pytest.raises(ZeroDivisionError):
@@ -211,17 +211,17 @@ def test_no_more_than_a_few_batches_have_their_caches_on_the_devices(monkeypatch
 
 @pytest.mark.parametrize("family", others_long(TINY))
 def test_blank_and_no_images_show_nothing_of_the_test(family):
-    test, found = made_tester(family), family_toys.setup(family)
+    test, opened = made_tester(family), family_toys.setup(family)
     records = SOURCE.records("ct-liver-state", "test").select(range(3))
     params = family_toys.placed(family, None)
 
     def answers(records):
-        again = {name: found.encode_eval(made) for name, made in control_sets(records, WITHOUT, 0).items()}
-        [answers] = test.run(params, [SubsetTest(found.encode_eval(records), again)])
+        again = {name: opened.encode_eval(of_control) for name, of_control in control_sets(records, WITHOUT, 0).items()}
+        [answers] = test.run(params, [SubsetTest(opened.encode_eval(records), again)])
         return answers
 
     plain, controls = answers(records)
-    grey = one_by_one(family, found.encode_eval(RecordSet(records.records, [BLANK] * 3)), generate=False)
+    grey = one_by_one(family, opened.encode_eval(RecordSet(records.records, [BLANK] * 3)), generate=False)
     check_alike(controls["blank_images"], grey, generated=False)
     turned = RecordSet(records.records, [records.image(i)[::-1, ::-1] for i in range(3)])
     plain_of_turned, controls_of_turned = answers(turned)
@@ -236,7 +236,7 @@ def test_each_control_is_asked_by_the_cheapest_program_that_knows_it(monkeypatch
     """Controls beside the test's images go on from its rows; the others need no free answer, and are decoded once."""
     setup = open_setup(replace(RunConfig(), data__max_text_tokens=96, data__test_records_per_subset=6))
     records = with_four_options(setup.source.records("oct-skin-grade", "test"))
-    again = {name: setup.encode_eval(made) for name, made in control_sets(records, CONTROLS, 0).items()}
+    again = {name: setup.encode_eval(of_control) for name, of_control in control_sets(records, CONTROLS, 0).items()}
     together, alone = [], []
     read = lambda self, queue, params, encoded, name, evaluator: alone.append((encoded, name, evaluator)) or []
     monkeypatch.setattr(subsets.Tester, "_ask_plainly", read)

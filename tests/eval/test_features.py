@@ -27,32 +27,35 @@ TRAINED = (("decoder",), ("projector", "decoder"))
 
 def made_tester(family: str, mesh: str | None, *, trainable=("projector", "decoder"), features_gib: float = 1.0):
     """A tester of batches of 8 rows."""
-    found = family_toys.setup(family, mesh)
+    opened = family_toys.setup(family, mesh)
     options = dict(eval__batch_size=8, eval__generate=False, eval__features_gib=features_gib)
-    run = replace(found.run, **options, model__trainable=trainable)
-    found = dataclasses.replace(found, run=run)
-    return subsets.Tester(found, build.abstract(found.model)[0], sees=True)
+    run = replace(opened.run, **options, model__trainable=trainable)
+    opened = dataclasses.replace(opened, run=run)
+    return subsets.Tester(opened, build.abstract(opened.model)[0], sees=True)
 
 
 def questions(family: str, controls=CONTROLS) -> list[subsets.SubsetTest]:
     """Two subsets of four questions, which fill half a batch each."""
-    found, tests = family_toys.setup(family), []
+    opened, tests = family_toys.setup(family), []
     for name in SUBSETS:
         records = SOURCE.records(name, "test")
-        again = {control: found.encode_eval(made) for control, made in control_sets(records, controls, 0).items()}
-        tests.append(subsets.SubsetTest(found.encode_eval(records), again, name))
+        again = {
+            control: opened.encode_eval(of_control)
+            for control, of_control in control_sets(records, controls, 0).items()
+        }
+        tests.append(subsets.SubsetTest(opened.encode_eval(records), again, name))
     return tests
 
 
 def cells(family: str, mesh: str | None, parts: tuple[str, ...]) -> list[nnx.State]:
     """Parameters of three cells that differ in these parts, and hold the same arrays of the others."""
-    params, made = family_toys.placed(family, mesh), []
+    params, parameters = family_toys.placed(family, mesh), []
     for number in range(3):
         trees = dict(params.raw_mapping)
         for part in {*parts} & {*trees} if number else ():
             trees[part] = jax.tree.map(lambda w, number=number: w * (1 + 0.1 * number), trees[part])
-        made.append(nnx.State(trees))
-    return made
+        parameters.append(nnx.State(trees))
+    return parameters
 
 
 def counted(tester: subsets.Tester) -> list:
@@ -80,13 +83,13 @@ def test_kept_features_change_no_byte_of_any_answer(family, parts, mesh, tmp_pat
         made_tester(family, mesh, trainable=parts, features_gib=size) for size in (1.0, 0.0)
     )  # fmt: skip
     encoded, again = counted(keeping), counted(forgetting)
-    found = []
+    written = []
     for number, params in enumerate(cells(family, mesh, parts)):
         files = [files_of(tester, params, tests, tmp_path / f"{number}{name}") for name, tester in
                  (("kept", keeping), ("made", forgetting))]  # fmt: skip
         assert files[0] == files[1] and len(files[0]) == 4
-        found.append(files[0])
-    assert len({file["ct-liver-state.jsonl"] for file in found}) == 3
+        written.append(files[0])
+    assert len({file["ct-liver-state.jsonl"] for file in written}) == 3
     # Each subset, the grey image and no image once; without keeping also for every control that is no further question.
     assert len(encoded) == 4 and len(again) == 3 * 2 * 3
     for features, _ in keeping._features._kept.values():
@@ -111,8 +114,8 @@ def test_parameters_with_another_tower_get_features_of_their_own(tmp_path):
     encoded = counted(tester)
     for number, params in enumerate(cells("llava", None, ("vision",))):
         fresh = made_tester("llava", None, features_gib=0.0)
-        found = files_of(tester, params, tests, tmp_path / f"{number}")
-        assert found == files_of(fresh, params, tests, tmp_path / f"{number}fresh")
+        answers = files_of(tester, params, tests, tmp_path / f"{number}")
+        assert answers == files_of(fresh, params, tests, tmp_path / f"{number}fresh")
     assert len(encoded) == 3 * 2 and len(tester._features._kept) == 2
     tester.forget()
     assert not tester._features._kept and tester._features._bytes == 0
@@ -131,9 +134,9 @@ def test_what_is_trained_says_what_is_shared():
 
 @pytest.mark.parametrize("family", TINY)
 def test_each_step_reads_the_part_that_it_is_named_after(family):
-    found = family_toys.setup(family)
-    graphdef, params = build.abstract(found.model)[0], family_toys.weights(family)
-    images = found.encode_eval(SOURCE.records("ct-liver-state", "test")).image_rows(np.arange(2))
+    opened = family_toys.setup(family)
+    graphdef, params = build.abstract(opened.model)[0], family_toys.weights(family)
+    images = opened.encode_eval(SOURCE.records("ct-liver-state", "test")).image_rows(np.arange(2))
 
     def broken_but(part: str) -> nnx.State:
         trees = {
@@ -165,13 +168,13 @@ def test_a_family_cannot_override_the_whole_in_place_of_its_steps():
 def store_of(
     limit_bytes: float, trainable=("decoder",), mesh: str | None = None
 ) -> tuple[FeatureStore, nnx.State, dict]:
-    found = family_toys.setup("llava", mesh)
-    made = FeatureStore(
-        found.mesh, build.abstract(found.model)[0], build.shardings(found.model, found.mesh),
+    opened = family_toys.setup("llava", mesh)
+    store = FeatureStore(
+        opened.mesh, build.abstract(opened.model)[0], build.shardings(opened.model, opened.mesh),
         trainable=trainable, limit_bytes=limit_bytes,
     )  # fmt: skip
-    images = found.encode_eval(SOURCE.records("ct-liver-state", "test")).image_rows(np.arange(4))
-    return made, family_toys.placed("llava", mesh), images
+    images = opened.encode_eval(SOURCE.records("ct-liver-state", "test")).image_rows(np.arange(4))
+    return store, family_toys.placed("llava", mesh), images
 
 
 def test_the_least_recently_used_goes_first():

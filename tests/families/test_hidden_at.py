@@ -39,10 +39,10 @@ def test_equals_the_hidden_states_of_the_whole_row(family):
     whole = jax.jit(lambda: run(1, None))()
     expected = take_positions(whole, at)
     for unroll in (1, 2):
-        found = jax.jit(lambda at, unroll=unroll: run(unroll, at))(at)
-        assert np.allclose(found, expected, atol=1e-4, rtol=1e-4)
+        hidden = jax.jit(lambda at, unroll=unroll: run(unroll, at))(at)
+        assert np.allclose(hidden, expected, atol=1e-4, rtol=1e-4)
         # One position beside it is another hidden state.
-        assert np.abs(found - take_positions(whole, at + 1)).max() > 1e-2
+        assert np.abs(hidden - take_positions(whole, at + 1)).max() > 1e-2
 
 
 @pytest.mark.parametrize("cross_layer", [0, 1])
@@ -57,8 +57,8 @@ def test_the_last_layer_of_mllama_is_of_either_kind(cross_layer):
     for given in (None, features):
         options = dict(segment_ids=batch["segment_ids"], image_features=given)
         run = lambda at, options=options: model.hidden(batch["tokens"], at=at, **options)[0]
-        whole, found = jax.jit(lambda run=run: run(None))(), jax.jit(run)(at)
-        assert np.allclose(found, take_positions(whole, at), atol=1e-4, rtol=1e-4)
+        whole, hidden = jax.jit(lambda run=run: run(None))(), jax.jit(run)(at)
+        assert np.allclose(hidden, take_positions(whole, at), atol=1e-4, rtol=1e-4)
     alone, everywhere = (jax.jit(run).lower(x).compile().cost_analysis()["flops"] for x in (at[:, :1], None))
     assert alone < 0.8 * everywhere
 
@@ -79,12 +79,14 @@ def test_the_gradients_are_those_of_the_whole_row(family, remat):
         return jnp.sin(hidden).sum()
 
     expected = jax.jit(jax.grad(lambda params: loss(params, 1, False)))(params)
-    found = jax.jit(jax.grad(lambda params: loss(params, 2, True)))(params)
+    gradients = jax.jit(jax.grad(lambda params: loss(params, 2, True)))(params)
     norm = np.linalg.norm
     most = max(norm(right) for right in jax.tree.leaves(expected))
-    for (path, right), one in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(found), strict=True):
+    for (path, right), ours in zip(
+        jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(gradients), strict=True
+    ):
         # The gradient of a key bias is 0 but for rounding.
-        assert norm(one - right) <= 1e-4 * norm(right) + 1e-6 * most, jax.tree_util.keystr(path)
+        assert norm(ours - right) <= 1e-4 * norm(right) + 1e-6 * most, jax.tree_util.keystr(path)
 
 
 def test_the_last_layer_computes_no_more():
