@@ -5,8 +5,8 @@
 The meshes are those of `benchmarks.meshes`. Programs are compiled with the compiler's full effort, as a run's; their
 schedules are simulated at published peaks, and nothing is executed. `--option=NAME=` takes an option back that plan sets;
 `--option=xla_gpu_enable_pipelined_all_gather=false` is how to see what a flag of `platform.py` does. A record keeps the
-rows of other labels and topologies, each with its libtpu: compare within one. `--texts=FOLDER` keeps the programs' texts, and takes those that are there instead of
-compiling.
+rows of other labels and topologies, each with its libtpu: compare within one. `--texts=FOLDER` keeps the programs'
+texts, and takes those that are there instead of compiling.
 """
 
 import argparse
