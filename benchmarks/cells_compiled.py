@@ -28,14 +28,16 @@ from medcg_jax.plan.programs import PlannedRun, batch_of, effort, fitting_run, p
 GB = 1e9
 
 
-def compiled_step(planned: PlannedRun) -> dict:
+def compiled_step(planned: PlannedRun, *, countable: bool = True) -> dict:
     """The run's training step per device: bytes of memory and of collectives by kind, and collectives that leave a cell.
+
+    countable: as in `topology.compiler_options`.
 
     Raises:
       ValueError: the program's collectives cannot be read (`hlo`), or it has none on several devices.
     """
     mesh, batch = planned.mesh, batch_of(train_rows(planned.setup), planned.run.train.batch_size)
-    options = topology.compiler_options(mesh.devices.flat[0])
+    options = topology.compiler_options(mesh.devices.flat[0], countable)
     _, compiled, lower_s, compile_s = planned.program.compile(planned.trainable, planned.frozen, batch, options)
     text, memory = topology.text_of(compiled, options), compiled.memory_analysis()
     collectives = hlo.collectives(text)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.schedule_exposed [--option=NAME=VALUE ...] [--label=WORD] [--json=FILE] [TOPOLOGY ...]
 
-The meshes are those of `benchmarks.meshes`. Programs are compiled with the compiler's full effort, as a run's; their
+The meshes are those of `benchmarks.meshes`, unless `--mesh=DATAxFSDPxTENSOR` names one. Programs are compiled with the compiler's full effort, as a run's; their
 schedules are simulated at published peaks, and nothing is executed. `--option=NAME=` takes an option back that plan sets;
 `--option=xla_gpu_enable_pipelined_all_gather=false` is how to see what a flag of `platform.py` does. A record keeps the
 rows of other labels and topologies, each with its libtpu: compare within one. `--texts=FOLDER` keeps the programs'
@@ -12,6 +12,7 @@ texts, and takes those that are there instead of compiling.
 import argparse
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import jax
 from benchmarks.meshes import MESHES
 from benchmarks.records import write_record
 from medcg_jax.chips import peak_of
-from medcg_jax.config import ConfigError, RunConfig, RunError, replace
+from medcg_jax.config import ConfigError, MeshConfig, RunConfig, RunError, replace
 from medcg_jax.config_file import load
 from medcg_jax.mesh import islands, make_mesh
 from medcg_jax.plan import exposures, schedule, topology
@@ -49,15 +50,31 @@ def parsed(options: list[str]) -> dict[str, str | bool | int | None]:
     }
 
 
-def step_of(run: RunConfig, where: str, options: dict, text_file: Path | None) -> dict:
-    """The simulated step of a topology, its bounds and waits, the compiler's peak and seconds.
+def parsed_mesh(text: str) -> MeshConfig | None:
+    """MeshConfig(data=1, fsdp=8, tensor=2) of "1x8x2"; None of "".
+
+    Raises:
+      ConfigError: not three numbers.
+    """
+    if not text:
+        return None
+    if not re.fullmatch(r"\d+x\d+x\d+", text):
+        raise ConfigError(f"--mesh={text}: expected data x fsdp x tensor, as 1x8x2")
+    data, fsdp, tensor = map(int, text.split("x"))
+    return MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+
+
+def step_of(
+    run: RunConfig, where: str, options: dict, text_file: Path | None = None, mesh: MeshConfig | None = None
+) -> dict:
+    """The simulated step of a topology, its bounds and waits, the compiler's peak and seconds. mesh: None: the row's.
 
     Raises:
       ConfigError, RunError: the topology or the step cannot be compiled for here.
       ValueError: the schedule cannot be read.
     """
     row = MESHES[where]
-    run = replace(run, mesh=row.mesh, train__batch_size=row.batch_size)
+    run = replace(run, mesh=mesh or row.mesh, train__batch_size=row.batch_size)
     devices = topology.get_devices(where)
     planned = plan_run(run, make_mesh(run.mesh, devices), alone=True)
     mesh_devices = list(planned.mesh.devices.flat)
@@ -97,6 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("topologies", nargs="*", metavar="TOPOLOGY", help=f"default: {' '.join(TOPOLOGIES)}")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of XLA; may be repeated")
     parser.add_argument("--label", default="plain", help="of the rows in the record (default: plain)")
+    parser.add_argument("--mesh", default="", metavar="DATAxFSDPxTENSOR", help="of each topology")
     parser.add_argument("--texts", default="", metavar="FOLDER")
     parser.add_argument("--json", default="", metavar="FILE")
     args = parser.parse_args(argv)
@@ -106,12 +124,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     rows = json.loads(Path(args.json).read_text(encoding="utf-8"))["rows"] if os.path.exists(args.json) else []
     try:
-        run, options = load(CONFIG, {}), parsed(args.option)
+        run, options, mesh = load(CONFIG, {}), parsed(args.option), parsed_mesh(args.mesh)
         with effort(full=True):
             for where in args.topologies or TOPOLOGIES:
                 name = f"{where.replace(':', '_')}_{args.label}.txt"
                 text_file = Path(args.texts) / name if args.texts else None
-                row = {"label": args.label} | step_of(run, where, options, text_file)
+                row = {"label": args.label} | step_of(run, where, options, text_file, mesh)
                 print_row(row)
                 rows = [r for r in rows if (r["label"], r["topology"]) != (row["label"], where)] + [row]
                 write_record(args.json, {"config": CONFIG, "effort": "full", "rows": rows})

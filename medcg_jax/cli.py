@@ -257,7 +257,8 @@ def check_mesh(run: RunConfig) -> None:
 
     from medcg_jax.mesh import check_batches, fitted, mesh_shape
 
-    _, data, fsdp, _ = mesh_shape(fitted(run, jax.devices()).mesh, jax.device_count())
+    run = fitted(run, jax.devices())
+    _, data, fsdp, _ = mesh_shape(run.mesh, jax.device_count())
     check_batches(data * fsdp, run)
 
 

@@ -13,7 +13,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from medcg_jax.axes import BATCH_AXES, MESH_AXES
-from medcg_jax.config import ConfigError, MeshConfig, RunConfig
+from medcg_jax.config import ConfigError, MeshConfig, RunConfig, TrainConfig
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int]:
@@ -79,39 +79,35 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] |
 
 
 def fitted(run: RunConfig, devices: Sequence[jax.Device]) -> RunConfig:
-    """With `mesh.elastic`, the run with the nearest mesh for these devices and its batches; else the run itself.
+    """With `mesh.elastic`, the run with the nearest mesh for these devices; else the run itself.
 
-    As much of `tensor` is kept as fits, then as much of `fsdp`; `data` takes the rest. Batches stay as they are, so that
-    losses are those of the other mesh up to rounding, and a device may hold more rows and parameters than before.
+    As much of `tensor` is kept as fits, then as much of `fsdp`; `data` takes the rest. `train.batch_size` stays, so that
+    losses are those of the other mesh up to rounding; the last rows of a batch are empty where devices do not divide it
+    (`padded_rows`). `eval.batch_size`, which changes no prediction, becomes a multiple.
 
     Raises:
-      ConfigError: no mesh of these devices splits the batches.
+      ConfigError: no mesh of these devices has islands that fit.
     """
     sizes, count = run.mesh, len(devices)
-    if not sizes.elastic or _fits(sizes, devices, run):
+    if not sizes.elastic:
         return run
     cell = math.gcd(sizes.cell, count) if sizes.cell > 0 else 1
-    for tensor, fsdp in itertools.product(_divisors(sizes.tensor, count // cell), _divisors(sizes.fsdp, count // cell)):
-        if count // cell % (tensor * fsdp):
-            continue
-        mesh = dataclasses.replace(sizes, cell=cell, data=count // cell // (tensor * fsdp), fsdp=fsdp, tensor=tensor)
-        if _fits(mesh, devices, run):
-            return dataclasses.replace(run, mesh=mesh)
-    batches = [run.train.batch_size // run.train.accumulation_steps, run.eval.batch_size]
-    raise ConfigError(
-        f"mesh.elastic: no mesh of {count} devices splits train.batch_size per accumulation step, {batches[0]}, and "
-        f"eval.batch_size, {batches[1]}; expected a number of devices whose part without tensor divides both, as "
-        f"{math.gcd(*batches)}"
-    )
-
-
-def _fits(sizes: MeshConfig, devices: Sequence[jax.Device], run: RunConfig) -> bool:
-    """Whether there is such a mesh of these devices, and it splits the run's batches."""
-    try:
-        check_batches(num_shards(make_mesh(sizes, devices)), run)
-    except ConfigError:
-        return False
-    return True
+    meshes = [
+        dataclasses.replace(sizes, cell=cell, data=count // cell // (tensor * fsdp), fsdp=fsdp, tensor=tensor)
+        for tensor, fsdp in itertools.product(
+            _divisors(sizes.tensor, count // cell), _divisors(sizes.fsdp, count // cell)
+        )
+        if count // cell % (tensor * fsdp) == 0
+    ]
+    for config in (sizes, *meshes):
+        try:
+            shards = num_shards(make_mesh(config, devices))
+        except ConfigError as error:
+            refusal = error
+        else:
+            tests = dataclasses.replace(run.eval, batch_size=-(-run.eval.batch_size // shards) * shards)
+            return dataclasses.replace(run, mesh=config, eval=tests)
+    raise refusal
 
 
 def _divisors(size: int, count: int) -> list[int]:
@@ -161,8 +157,11 @@ def check_batch(mesh: Mesh, batch_size: int, field: str) -> None:
 
 
 def check_batches(shards: int, run: RunConfig) -> None:
-    """Raises ConfigError if one of a run's batches cannot be split into so many shards (`num_shards`)."""
-    for section in ("train", *(["base"] if run.base.steps else [])):
+    """Raises ConfigError if one of a run's batches cannot be split into so many shards (`num_shards`).
+
+    With `mesh.elastic` a training's batches are padded, and need not be.
+    """
+    for section in ("train", *(["base"] if run.base.steps else [])) if not run.mesh.elastic else ():
         train = getattr(run, section)
         name = f"{section}.batch_size per accumulation step"
         _check_shards(shards, train.batch_size // train.accumulation_steps, name)
@@ -179,6 +178,13 @@ def _check_shards(shards: int, batch_size: int, field: str) -> None:
 def num_shards(mesh: Mesh) -> int:
     """Number of shards of a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def padded_rows(mesh: Mesh, train: TrainConfig) -> int:
+    """Rows of a training's batch on devices: `train.batch_size`, and the empty ones with which every device has as many
+    in each microbatch."""
+    parts = num_shards(mesh) * train.accumulation_steps
+    return -(-train.batch_size // parts) * parts
 
 
 def batch_sharding(mesh: Mesh, *, cells: bool = False) -> NamedSharding:

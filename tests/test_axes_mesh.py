@@ -15,7 +15,10 @@ from jax.sharding import PartitionSpec as P
 from medcg_jax import mesh as mesh_lib
 from medcg_jax.axes import MESH_AXES, RULES, spec
 from medcg_jax.config import ConfigError, MeshConfig, RunConfig, replace
-from medcg_jax.mesh import batch_sharding, check_batch, fitted, islands, make_mesh, mesh_shape, put_batch
+from medcg_jax.mesh import (
+    batch_sharding, check_batch, check_batches, fitted, islands, make_mesh, mesh_shape, padded_rows, put_batch,
+)  # fmt: skip
+from medcg_jax.train.setup import changes
 
 
 def test_logical_and_mesh_names_share_no_word():
@@ -63,29 +66,46 @@ def elastic(batch_size: int, **sizes: int) -> RunConfig:
 
 
 @settings(deadline=None)
-@given(*[st.sampled_from((1, 2, 4, 8))] * 3, st.integers(1, 8))
-def test_an_elastic_mesh_takes_all_devices_and_splits_the_batches(data, fsdp, tensor, count):
-    run, devices = elastic(24, data=data, fsdp=fsdp, tensor=tensor), jax.devices()[:count]
-    try:
-        sizes = fitted(run, devices).mesh
-    except ConfigError as error:
-        assert count in (5, 7) and f"no mesh of {count} devices" in str(error)
-        return
-    assert sizes.data * sizes.fsdp * sizes.tensor == count and 24 % (sizes.data * sizes.fsdp) == 0
+@given(*[st.sampled_from((1, 2, 4, 8))] * 3, st.integers(1, 8), st.integers(1, 40), st.sampled_from((1, 2)))
+def test_an_elastic_mesh_takes_all_devices(data, fsdp, tensor, count, batch_size, accumulation_steps):
+    """Whatever their number; a batch has the fewest empty rows with which all have as many in each microbatch."""
+    asked = replace(
+        elastic(batch_size * accumulation_steps, data=data, fsdp=fsdp, tensor=tensor),
+        train__accumulation_steps=accumulation_steps,
+    )
+    run = fitted(asked, jax.devices()[:count])
+    sizes, shards = run.mesh, run.mesh.data * run.mesh.fsdp
+    assert shards * sizes.tensor == count
     assert tensor % sizes.tensor == fsdp % sizes.fsdp == 0
     if data * fsdp * tensor == count:
-        assert sizes == run.mesh
+        assert sizes == asked.mesh
+    rows = padded_rows(make_mesh(sizes, jax.devices()[:count]), run.train)
+    assert rows % (shards * accumulation_steps) == 0
+    assert 0 <= rows - run.train.batch_size < shards * accumulation_steps
+    assert run.eval.batch_size % shards == 0 and 0 <= run.eval.batch_size - asked.eval.batch_size < shards
+    check_batches(shards, run)
 
 
 def test_an_elastic_mesh_keeps_what_splits_the_model():
-    on = {count: fitted(elastic(24, data=2, fsdp=2, tensor=2), jax.devices()[:count]).mesh for count in (8, 6, 4, 2, 1)}
+    counts = (8, 7, 6, 4, 2, 1)
+    on = {count: fitted(elastic(24, data=2, fsdp=2, tensor=2), jax.devices()[:count]).mesh for count in counts}
     assert {count: (sizes.data, sizes.fsdp, sizes.tensor) for count, sizes in on.items()} == {
-        8: (2, 2, 2), 6: (3, 1, 2), 4: (1, 2, 2), 2: (1, 1, 2), 1: (1, 1, 1),
+        8: (2, 2, 2), 7: (7, 1, 1), 6: (3, 1, 2), 4: (1, 2, 2), 2: (1, 1, 2), 1: (1, 1, 1),
     }  # fmt: skip
     fixed = replace(RunConfig(), mesh=MeshConfig(data=2, fsdp=2, tensor=2))
     assert fitted(fixed, jax.devices()[:4]) is fixed
-    with pytest.raises(ConfigError, match="no mesh of 5 devices splits .*24, and eval.batch_size, 96; .* as 24"):
-        fitted(elastic(24, fsdp=8), jax.devices()[:5])
+    with pytest.raises(ConfigError, match="train.batch_size per accumulation step=24 cannot be split .* 7 devices"):
+        check_batches(7, replace(RunConfig(), train__batch_size=24))
+
+
+def test_what_an_elastic_mesh_costs_is_said():
+    run = fitted(elastic(16, data=1, fsdp=4, tensor=2), jax.devices()[:6])
+    said = list(changes(elastic(16, data=1, fsdp=4, tensor=2).mesh, make_mesh(run.mesh, jax.devices()[:6]), run))
+    assert said == [
+        "6 devices as data 3 x fsdp 1 x tensor 2",
+        "batches have 18 rows, of which 2 stay empty",
+        "a device holds 4 times as much of the parameters and their moments",
+    ]
 
 
 @settings(deadline=None)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medcg_jax.platform import FLAGS, MEMORY_FRACTION, added, apply, platform
+from medcg_jax.platform import FLAGS, MEMORY_FRACTION, added, apply, platform, variable
 
 values = st.sampled_from(("true", "false", "7"))
 
@@ -18,9 +18,10 @@ values = st.sampled_from(("true", "false", "7"))
     own=st.dictionaries(st.sampled_from([flag.name for flag in FLAGS]), values),
 )  # fmt: skip
 def test_what_is_added_is_the_platform_s_and_not_the_user_s(here, deterministic, own):
-    environ = {"JAX_PLATFORMS": here, "XLA_FLAGS": " ".join(f"--{name}={value}" for name, value in own.items())}
-    found = added(environ, deterministic)
     wanted = {"gpu": "cuda", "cuda,cpu": "cuda"}.get(here, here)
+    environ = {"JAX_PLATFORMS": here, variable(wanted): " ".join(f"--{name}={value}" for name, value in own.items())}
+    found = added(environ, deterministic)
+    assert found == added(environ | {"JAX_PLATFORMS": "cpu"}, deterministic, wanted)
     assert platform(environ) == wanted
     for flag in FLAGS:
         is_wanted = flag.platform == wanted and flag.name not in own and (deterministic or not flag.deterministic)
@@ -46,7 +47,23 @@ def test_a_run_takes_most_of_its_gpu_s_memory(monkeypatch, here, whole_device, o
     os.environ.pop(MEMORY_FRACTION[0], None)
 
 
-@pytest.mark.parametrize("flag", [None, *FLAGS], ids=lambda flag: flag.name if flag else "one that XLA does not know")
+def test_a_tpu_s_flags_go_to_its_own_library(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/tmp/x")
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_enable_async_all_gather=false")
+    line = apply(True)
+    assert os.environ["XLA_FLAGS"] == "--xla_dump_to=/tmp/x"
+    words = os.environ["LIBTPU_INIT_ARGS"].split()
+    assert words[0] == "--xla_enable_async_all_gather=false" and "--xla_enable_async_all_gather=true" not in words
+    assert "--xla_tpu_enable_async_collective_fusion=true" in words and "beside your --xla_enable_async" in line
+
+
+KNOWN_TO_XLA = [flag for flag in FLAGS if flag.platform != "tpu"]
+
+
+@pytest.mark.parametrize(
+    "flag", [None, *KNOWN_TO_XLA], ids=lambda flag: flag.name if flag else "one that XLA does not know"
+)
 def test_xla_knows_every_flag(flag):
     """XLA ends a process with a flag in XLA_FLAGS that it does not know, of whatever platform."""
     text = f"--{flag.name}={flag.value}" if flag else "--xla_no_such_flag=true"

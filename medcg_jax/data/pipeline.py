@@ -32,6 +32,8 @@ class Batches:
       weights: subset -> weight of its records in a batch (any positive scale; exact over long runs). None or empty:
         every record once an epoch.
       position: global batches drawn before.
+      num_rows: rows of the global batch; None: `batch_size`. Those beyond the records have no id, and nothing in them
+        counts.
       rows: which rows of the global batch this process builds, rising (`mesh.local_rows`); None: all.
       prefetch: batches built ahead in threads; 0 builds them when asked.
 
@@ -51,14 +53,20 @@ class Batches:
         seed: int,
         weights: Mapping[str, float] | None = None,
         position: int = 0,
+        num_rows: int | None = None,
         rows: np.ndarray | None = None,
         prefetch: int | None = None,
     ):
         if not len(encoded):
             raise DataError("there are no records to draw batches from")
-        mine = checked_rows(rows, batch_size)
-        stream = _stream(encoded, seed, weights or {})
-        batches = stream.batch(batch_size, batch_fn=np.asarray).map(lambda indices: encoded.rows(indices[mine]))
+        mine = checked_rows(rows, num_rows or batch_size)
+        is_real = mine < batch_size
+
+        def build(indices: np.ndarray) -> tuple[Batch, list[str]]:
+            batch, ids = encoded.rows(indices[np.where(is_real, mine, 0)])
+            return emptied(batch, is_real), [id for id, real in zip(ids, is_real, strict=True) if real]
+
+        batches = _stream(encoded, seed, weights or {}).batch(batch_size, batch_fn=np.asarray).map(build)
         self._iterator = iter(batches.to_iter_dataset(_read_options(encoded, prefetch)))
         self._iterator.set_state({"next_index": position})
         self.position = position
@@ -74,6 +82,14 @@ class Batches:
     def close(self) -> None:
         """Ends the prefetching threads; nothing can be drawn afterwards."""
         self._iterator.close()
+
+
+def emptied(batch: Batch, is_real: np.ndarray) -> Batch:
+    """`batch`, changed in place, with only padding, and nothing to learn, in rows that are not real. is_real: bool[b]."""
+    for key, array in batch.items():
+        if key == "segment_ids" or key.endswith("_weights"):
+            array[~is_real] = 0
+    return batch
 
 
 def _stream(encoded: Encoded, seed: int, weights: Mapping[str, float]) -> grain.MapDataset:

@@ -55,19 +55,20 @@ def remedy(exposure: Exposure, simulation: Simulation, layout: Layout, *, device
         return "--full_effort: at least effort nothing runs beside a collective; a run's compiler hides most of them"
     if exposure.crosses:
         return "a larger train.batch_size, which puts more work beside the same bytes over the network, or a smaller mesh.data"
+    is_sum = collective.kind in ("reduce-scatter", "all-reduce")
+    if is_tpu and is_sum and exposure.loop and not exposure.start.is_async and not device.startswith("TPU v5 lite"):
+        # Compiled for v5p and v6e; a v5e has no such cores.
+        return f"{SPARSE_CORES}{collective.kind.replace('-', '_')}: sparse cores sum it beside computations"
     if simulation.links_s > simulation.busy_s:
         return (
             f"a larger train.batch_size: the links are busy for {simulation.links_s * 1e3:,.1f} ms, longer than all "
-            f"computations, {simulation.busy_s * 1e3:,.1f}, so no flag hides it"
+            f"computations, {simulation.busy_s * 1e3:,.1f}, so no flag hides all of it"
         )
     if axes == {"tensor"} and collective.kind == "all-reduce":
         return "a smaller mesh.tensor: the next product waits for this sum of activations"
     if not exposure.loop:
         return "a smaller mesh.fsdp: it stands outside of the layers' loops, where little can run beside it"
     if is_tpu and not exposure.start.is_async:
-        # Tried on v5p: gathers stay, sums leave the computations; v5e has no such cores.
-        if collective.kind in ("reduce-scatter", "all-reduce") and not device.startswith("TPU v5 lite"):
-            return f"{SPARSE_CORES}{collective.kind.replace('-', '_')}: sparse cores sum it beside computations"
         return f"a smaller mesh.fsdp, or permutes beside the product where {WINDOWED} (MiB) makes libtpu choose them"
     if not is_tpu:
         return (

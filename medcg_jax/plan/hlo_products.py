@@ -24,7 +24,7 @@ LANES, SUBLANES = 128, 8
 # Custom calls without a matrix product.
 OTHERS = re.compile(
     r"AllocateBuffer|AssumeGatherIndicesInBound|GatherScatterIndicesBitpacked|TopK|PartialReduce|Sharding|ResizeMaster|"
-    r"ResizeVirtual|AsyncCollective\w+|ConcatBitcast|ConsumeFakeFusionParam|\w*MoveTo\w+|annotate_device_placement|__cub\$\w+|"
+    r"ResizeVirtual|AsyncCollective\w+|PrepareAsyncCall\w+|ConcatBitcast|ConsumeFakeFusionParam|\w*MoveTo\w+|annotate_device_placement|__cub\$\w+|"
     r"xla\.gpu\.\w+|BarrierStart|BarrierDone|AllReduce\w*|SliceId|PadToStatic|SliceToDynamic|LayoutConstraint"
 )
 # Opcodes that write no array: they name other arrays, or arguments.

@@ -23,7 +23,9 @@ SLICES = {"dynamic-slice", "slice", "gather"}
 # Instructions that may write into their first operand: position of the update among the operands.
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 # Custom calls that move no array of their own.
-STILL_CALLS = re.compile(r"AllocateBuffer|ConcatBitcast|AsyncCollective\w+|AssumeGatherIndicesInBound|Sharding")
+STILL_CALLS = re.compile(
+    r"AllocateBuffer|ConcatBitcast|(AsyncCollective|PrepareAsyncCall)\w+|AssumeGatherIndicesInBound|Sharding"
+)
 # Instructions that read every operand and write every result, alone or inside a fusion.
 PLAIN = {
     "abs", "add", "and", "atan2", "bitcast-convert", "broadcast", "cbrt", "ceil", "clamp", "clz", "compare", "complex",

@@ -223,12 +223,12 @@ class _Reader:
                     del pending.fused[identity(inner)]
 
     def _inside(self, computation: str) -> Iterator[tuple[Instruction, str]]:
-        """(instruction, computation) of a fusion, and of fusions and custom calls in it; not what a reduction does with
+        """(instruction, computation) of a fusion, and of fusions and calls in it; not what a reduction does with
         two numbers."""
         self.reached.add(computation)
         for op in self.program.computations[computation]:
             yield op, computation
-            for called in op.called() if op.opcode in ("fusion", "custom-call") else ():
+            for called in op.called() if op.opcode in ("fusion", "custom-call", "call") else ():
                 yield from self._inside(called)
 
     def _between_slices(self, op: Instruction, pending: "_Pending") -> Iterator[Step]:

@@ -20,7 +20,7 @@ import jax
 from jax.experimental import topologies
 
 from medcg_jax.config import ConfigError
-from medcg_jax.platform import FLAGS
+from medcg_jax.platform import FLAGS, added
 from medcg_jax.terminal import install
 
 GIB = 1 << 30
@@ -149,6 +149,9 @@ def get_devices(topology: str) -> list[jax.Device]:
         raise ConfigError(
             f"topology={topology}: no compiler for it is installed; {install(extra)} brings it (no hardware is needed)"
         )
+    if gpu:
+        # The plugin asks the driver for its version, which a machine without GPUs has none of. A run never comes here.
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     try:
         if gpu:
             hosts, gpus = (1, *sizes)[-2:]
@@ -192,7 +195,9 @@ def compiler_options(device: jax.Device, countable: bool = True) -> dict:
     kind = device.device_kind
     if kind.startswith("TPU"):
         folder = tempfile.mkdtemp(dir=_dumps().name)
-        return (TPU_COUNTABLE if countable else {}) | {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        # A run's own; options of a program would replace what the user's environment says.
+        own = {flag.name: flag.value == "true" for flag in added(os.environ, deterministic=False, here="tpu")}
+        return own | (TPU_COUNTABLE if countable else {}) | {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
     return GPU_WITHOUT_DEVICE if kind.startswith("NVIDIA") else {}
 
 

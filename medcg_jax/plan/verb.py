@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from medcg_jax.chips import Peak, peak_of, utilisation
 from medcg_jax.config import RunConfig, model_title, replace
+from medcg_jax.eval.features import GIB, frozen_parts
 from medcg_jax.families import build, flops
 from medcg_jax.mesh import islands, make_mesh
 from medcg_jax.plan import exposures, hlo, roofline, rules, schedule, simulate, topology
@@ -164,7 +165,7 @@ def testing(
     num_new = run.eval.max_new_tokens if run.eval.generate else 1
     executed = flops.evaluation(setup.model, num_rows=rows, length=length, num_new=num_new)
     needed = {"full": executed, "executed": executed}
-    result = needs(compiled, 0 if planned.alone else device_bytes(planned.state()), usable)
+    result = needs(compiled, 0 if planned.alone else device_bytes(planned.state()) + feature_bytes(run), usable)
     result |= {"rows": rows, "row_tokens": length, "flops": needed, "num_new_tokens": num_new}
     if compiled.program is None:
         return result | {"findings": []}
@@ -294,6 +295,11 @@ def start_bytes(planned: PlannedRun) -> float:
     trained = build.split_trainable(shardings, planned.run.model.trainable)[0]
     pairs = zip(jax.tree.leaves(planned.trainable), jax.tree.leaves(trained), strict=True)
     return 4 * sum(math.prod(sharding.shard_shape(x.shape)) for x, sharding in pairs)
+
+
+def feature_bytes(run: RunConfig) -> float:
+    """The most bytes of kept features of test images on a device."""
+    return run.eval.features_gib * GIB if frozen_parts(run.model.trainable) else 0
 
 
 def device_bytes(tree) -> float:

@@ -18,7 +18,7 @@ from medcg_jax.data.records import DataError, RecordSet, Source, concat
 from medcg_jax.data.release import ReleaseSource
 from medcg_jax.data.sources import subset_names
 from medcg_jax.families.build import abstract, num_bytes, shardings, split_trainable
-from medcg_jax.mesh import local_rows
+from medcg_jax.mesh import local_rows, padded_rows
 from medcg_jax.nn.base import Base
 from medcg_jax.terminal import doing
 from medcg_jax.train import checkpoint, goodput
@@ -189,8 +189,11 @@ def run_spec(
     """
 
     def stream(position: int) -> Batches:
-        rows, size = local_rows(setup.mesh, train.batch_size), train.batch_size
-        return Batches(encoded, batch_size=size, seed=train.seed, weights=weights, position=position, rows=rows)
+        num_rows = padded_rows(setup.mesh, train)
+        return Batches(
+            encoded, batch_size=train.batch_size, seed=train.seed, weights=weights, position=position,
+            num_rows=num_rows, rows=local_rows(setup.mesh, num_rows),
+        )  # fmt: skip
 
     flops = step_flops(encoded, setup.model, trainable=parts, batch_size=train.batch_size)
     hparams = hparams_from(train, len(encoded))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,16 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from medcg_jax.chips import peak_bf16
-from medcg_jax.config import EMBEDDING, MASK_PARTS, MODELS, ConfigError, ModelConfig, RunConfig, trains_masks
+from medcg_jax.config import (
+    EMBEDDING,
+    MASK_PARTS,
+    MODELS,
+    ConfigError,
+    MeshConfig,
+    ModelConfig,
+    RunConfig,
+    trains_masks,
+)
 from medcg_jax.data.encoding import Encoded, encode, encode_boxes, encode_eval, longest_row, row_length
 from medcg_jax.data.general import GeneralRecords, open_general
 from medcg_jax.data.layouts import check_layout
@@ -27,7 +36,7 @@ from medcg_jax.families.flops import forward, training
 from medcg_jax.families.weights.convert import load_checkpoint
 from medcg_jax.families.weights.files import has_tokenizer
 from medcg_jax.families.weights.kind import check_family, check_weights
-from medcg_jax.mesh import check_batches, fitted, make_mesh, num_shards
+from medcg_jax.mesh import check_batches, fitted, make_mesh, num_shards, padded_rows
 from medcg_jax.terminal import doing
 from medcg_jax.train.checkpoint import check_whole
 from medcg_jax.train.losses import mask_loss
@@ -135,8 +144,7 @@ def open_setup(
     asked, run = run.mesh, fitted(run, devices or jax.devices())
     mesh = make_mesh(run.mesh, devices)
     if run.mesh != asked:
-        shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if axis != "cell" or size > 1)
-        print(f"mesh.elastic: {mesh.size} devices as {shape}")
+        print(f"mesh.elastic: {'; '.join(changes(asked, mesh, run))}")
     if run.model.matmul == "fp8" and mesh.devices.flat[0].platform == "cpu":
         print("model.matmul=fp8 is emulated on a CPU: rounded as fp8 is, and slower than float32")
     check_batches(num_shards(mesh), run)
@@ -161,6 +169,19 @@ def open_setup(
         check_layout(source.layout, family, model)  # type: ignore[attr-defined]
     row_format = registry.of(model).row_format(model, with_masks=trains_masks(run.model))
     return Setup(run, mesh, tokenizer, model, row_format, source)
+
+
+def changes(asked: MeshConfig, mesh: Mesh, run: RunConfig) -> Iterator[str]:
+    """What an elastic mesh costs. asked: the configuration's."""
+    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if axis != "cell" or size > 1)
+    yield f"{mesh.size} devices as {shape}"
+    empty = padded_rows(mesh, run.train) - run.train.batch_size
+    if empty:
+        yield f"batches have {run.train.batch_size + empty} rows, of which {empty} stay empty"
+    if asked.fsdp > 0 and asked.tensor > 0:
+        share = asked.fsdp * asked.tensor / (mesh.shape["fsdp"] * mesh.shape["tensor"])
+        if share > 1:
+            yield f"a device holds {share:g} times as much of the parameters and their moments"
 
 
 def run_tokenizer(model: ModelConfig, trained: Path | None = None) -> Tokenizer:

@@ -1,5 +1,6 @@
 """The order of batches: complete epochs, the same on any number of processes, resumed exactly, mixed as asked."""
 
+import dataclasses
 import threading
 from collections import Counter
 from itertools import islice
@@ -74,6 +75,29 @@ def test_the_order_is_one_whatever_the_processes_and_the_stops(count, seed, weig
         joined += [sum((part[step] for part in parts), []) for step in range(steps)]
         position += steps
     assert joined == whole
+
+
+@settings(max_examples=12, deadline=None)
+@given(batch_size=st.integers(1, 12), empty=st.integers(0, 7), hosts=st.integers(1, 4))
+def test_rows_beyond_the_records_are_empty_and_the_others_stay(batch_size, empty, hosts):
+    """Twelve records in batches that devices do not divide; a process may have empty rows alone."""
+    num_rows = -(-(batch_size + empty) // hosts) * hosts
+    options = {"batch_size": batch_size, "seed": 1, "prefetch": 0}
+    encoded = bare({"a": 12})
+    encoded = dataclasses.replace(encoded, arrays=encoded.arrays | {"at_weights": np.ones((12, 3), np.float32)})
+    whole, ids = next(Batches(encoded, **options))
+    parts = [
+        next(Batches(encoded, **options, num_rows=num_rows, rows=block(num_rows, host, hosts)))
+        for host in range(hosts)
+    ]
+    assert sum((part_ids for _, part_ids in parts), []) == ids
+    for key, array in whole.items():
+        rows = np.concatenate([part[key] for part, _ in parts])
+        np.testing.assert_array_equal(rows[:batch_size], array)
+        assert len(rows) == num_rows
+    for key in ("segment_ids", "at_weights"):
+        assert not np.concatenate([part[key] for part, _ in parts])[batch_size:].any()
+        assert whole[key].any(axis=1).all()
 
 
 @small

@@ -109,7 +109,7 @@ def test_a_row_holds_by_its_memory_and_by_its_bytes(monkeypatch):
     row = meshes.Row(MeshConfig(data=1, fsdp=8), "", batch_size=8)
 
     def checked(by_kind, peak=80):
-        monkeypatch.setattr(meshes, "compiled_step", lambda _: {"collective_bytes": by_kind, "peak_bytes": peak})
+        monkeypatch.setattr(meshes, "compiled_step", lambda *_, **__: {"collective_bytes": by_kind, "peak_bytes": peak})
         return meshes.check_row(run, "local", row)
 
     usual = checked({})["textbook_bytes"]

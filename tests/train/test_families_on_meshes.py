@@ -11,6 +11,7 @@ from train_toys import others_long
 
 from medcg_jax.axes import RULES
 from medcg_jax.config import MeshConfig, RunConfig, TrainConfig, replace
+from medcg_jax.data import pipeline
 from medcg_jax.families import build
 from medcg_jax.train.optim import hparams_from, make_optimizer
 from medcg_jax.train.setup import open_setup
@@ -95,6 +96,23 @@ def test_weights_that_lie_in_another_order_are_seen(family):
         return rows | {"target_weights": rows["target_weights"] * (np.arange(8) < 7)[:, None]}
 
     assert abs(train(family, mesh, steps=1, change=lost)[1][0] - losses[0]) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_what_an_empty_row_holds_is_not_felt(family):
+    """The rows with which a batch is padded for devices that do not divide it: three of eight, of any records."""
+
+    def emptied(held: int):
+        def change(rows):
+            rows = {key: np.concatenate([array[:5], array[[held] * 3]]) for key, array in rows.items()}
+            return pipeline.emptied(rows, np.arange(8) < 5)
+
+        return train(family, "data, fsdp, tensor", steps=2, change=change)[1:]
+
+    (losses, norms), (other_losses, other_norms) = emptied(0), emptied(6)
+    assert np.isfinite(norms).all()
+    assert np.abs(losses - other_losses).max() < TOLERANCE and np.allclose(norms, other_norms, rtol=1e-5)
+    assert abs(losses[0] - alone(family)[1][0]) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("family", WITH_BOXES)
