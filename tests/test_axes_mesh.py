@@ -16,7 +16,15 @@ from medcg_jax import mesh as mesh_lib
 from medcg_jax.axes import MESH_AXES, RULES, spec
 from medcg_jax.config import ConfigError, MeshConfig, RunConfig, replace
 from medcg_jax.mesh import (
-    batch_sharding, check_batch, check_batches, fitted, islands, make_mesh, mesh_shape, padded_rows, put_batch,
+    batch_sharding,
+    check_batch,
+    check_batches,
+    fitted,
+    islands,
+    make_mesh,
+    mesh_shape,
+    padded_rows,
+    put_batch,
 )  # fmt: skip
 from medcg_jax.train.setup import changes
 

@@ -87,8 +87,7 @@ def test_rows_beyond_the_records_are_empty_and_the_others_stay(batch_size, empty
     encoded = dataclasses.replace(encoded, arrays=encoded.arrays | {"at_weights": np.ones((12, 3), np.float32)})
     whole, ids = next(Batches(encoded, **options))
     parts = [
-        next(Batches(encoded, **options, num_rows=num_rows, rows=block(num_rows, host, hosts)))
-        for host in range(hosts)
+        next(Batches(encoded, **options, num_rows=num_rows, rows=block(num_rows, host, hosts))) for host in range(hosts)
     ]
     assert sum((part_ids for _, part_ids in parts), []) == ids
     for key, array in whole.items():

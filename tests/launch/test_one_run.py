@@ -177,7 +177,10 @@ def test_the_same_command_goes_on_without_the_host_that_died(tmp_path):
         ended.cancel()
     three = local("3", "--devices=2", *run, f"--workdir={tmp_path / 'both'}")
     assert three.returncode == 0, three.stderr
-    assert "mesh.elastic: 6 devices as data 3 x fsdp 1 x tensor 2; batches have 18 rows, of which 2 stay empty" in three.stdout
+    assert (
+        "mesh.elastic: 6 devices as data 3 x fsdp 1 x tensor 2; batches have 18 rows, of which 2 stay empty"
+        in three.stdout
+    )
     assert "going on from step" in three.stdout
     alone = local("1", "--devices=8", *run, f"--workdir={tmp_path / 'alone'}")
     assert alone.returncode == 0, alone.stderr
