@@ -4,7 +4,8 @@
 
 The meshes are those of `benchmarks.meshes`, unless `--mesh=DATAxFSDPxTENSOR` names one. Programs are compiled with the compiler's full effort, as a run's; their
 schedules are simulated at published peaks, and nothing is executed. `--option=NAME=` takes an option back that plan sets;
-`--option=xla_gpu_enable_pipelined_all_gather=false` is how to see what a flag of `platform.py` does. A record keeps the
+`--option=xla_gpu_enable_pipelined_all_gather=false` is how to see what a flag of `platform.py` does, `--sparse_cores` what
+`mesh.sparse_cores` does. A record keeps the
 rows of other labels and topologies, each with its libtpu: compare within one. `--texts=FOLDER` keeps the programs'
 texts, and takes those that are there instead of compiling.
 """
@@ -20,6 +21,7 @@ import jax
 
 from benchmarks.meshes import MESHES
 from benchmarks.records import write_record
+from medcg_jax import platform
 from medcg_jax.chips import peak_of
 from medcg_jax.config import ConfigError, MeshConfig, RunConfig, RunError, replace
 from medcg_jax.config_file import load
@@ -78,7 +80,13 @@ def step_of(
     devices = topology.get_devices(where)
     planned = plan_run(run, make_mesh(run.mesh, devices), alone=True)
     mesh_devices = list(planned.mesh.devices.flat)
-    result = {"topology": where, "mesh": dict(planned.mesh.shape), "batch_size": row.batch_size, "options": options}
+    result = {
+        "topology": where,
+        "mesh": dict(planned.mesh.shape),
+        "batch_size": row.batch_size,
+        "options": options,
+        "libtpu_init_args": os.environ.get("LIBTPU_INIT_ARGS", ""),
+    }
     if text_file and text_file.exists():
         # By whichever compiler wrote the text.
         text, absent = text_file.read_text(encoding="utf-8"), ("compile_cpu_s", "peak_bytes", "libtpu")
@@ -114,6 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("topologies", nargs="*", metavar="TOPOLOGY", help=f"default: {' '.join(TOPOLOGIES)}")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of XLA; may be repeated")
     parser.add_argument("--label", default="plain", help="of the rows in the record (default: plain)")
+    parser.add_argument("--sparse_cores", action="store_true", help="as --config.mesh.sparse_cores=true of a run")
     parser.add_argument("--mesh", default="", metavar="DATAxFSDPxTENSOR", help="of each topology")
     parser.add_argument("--texts", default="", metavar="FOLDER")
     parser.add_argument("--json", default="", metavar="FILE")
@@ -125,6 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = json.loads(Path(args.json).read_text(encoding="utf-8"))["rows"] if os.path.exists(args.json) else []
     try:
         run, options, mesh = load(CONFIG, {}), parsed(args.option), parsed_mesh(args.mesh)
+        platform.apply(platform.switches_of(replace(run, mesh__sparse_cores=args.sparse_cores)), "tpu")
         with effort(full=True):
             for where in args.topologies or TOPOLOGIES:
                 name = f"{where.replace(':', '_')}_{args.label}.txt"

@@ -224,7 +224,8 @@ def started(args: argparse.Namespace, run: RunConfig) -> Iterator[None]:
     """
     flags = {name: getattr(args, name) for name in ("coordinator", "num_processes", "process_id")}
     joined = cluster.detect(os.environ, **flags)
-    flags_line = xla_flags.apply(run.deterministic, whole_device=args.verb != "reproduce" or run.study.jobs == 1)
+    whole_device = args.verb != "reproduce" or run.study.jobs == 1
+    flags_line = xla_flags.apply(xla_flags.switches_of(run), whole_device=whole_device)
     if joined:
         from medcg_jax.agreement import check_agreement
 
@@ -440,7 +441,7 @@ def report_benchmarks(args) -> dict:
 
 def run_bench(args) -> dict:
     run = resolved(args)
-    flags_line = xla_flags.apply(run.deterministic)
+    flags_line = xla_flags.apply(xla_flags.switches_of(run))
     if terminal.shows_details():
         print(flags_line, flush=True)
     from medcg_jax.bench.run import DEFAULT, bench
@@ -459,6 +460,7 @@ def run_plan(args) -> dict:
     from medcg_jax.study.run import dry
     from medcg_jax.train.start import with_sizes
 
+    xla_flags.apply(xla_flags.switches_of(run), "tpu")  # libtpu reads them when it is loaded, to compile for a TPU
     run = with_sizes(run)
     common = {"full_effort": args.full_effort, "memory_bytes": args.memory_gib * (1 << 30)}
     if args.search:

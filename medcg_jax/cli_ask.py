@@ -83,7 +83,7 @@ def run_ask(args) -> dict:
 
     from medcg_jax import platform
 
-    platform.apply(deterministic=True)
+    platform.apply(frozenset({"deterministic"}))
     from medcg_jax.eval import ask
 
     model = ask.load(args.checkpoint, dtype=args.dtype, tokenizer=args.tokenizer, base=args.base, **form)

@@ -131,6 +131,9 @@ class MeshConfig:
     tensor: int = setting(1, least=-1, most=MOST_DEVICES, unit="devices", free=True)
     # On more or fewer devices than these, a mesh that fits them and the batches is taken (`mesh.fitted`).
     elastic: bool = setting(False, free=True)
+    # Collectives run on the sparse cores of a v5p or v6e, by flags of libtpu (`platform.SPARSE_CORES`): less is waited
+    # for by the schedules of compiled steps; it was never run.
+    sparse_cores: bool = setting(False, free=True)
 
 
 @dataclass(frozen=True)

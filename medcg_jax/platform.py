@@ -12,17 +12,36 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from medcg_jax.config import RunConfig
+
+KINDS = ("all_gather", "reduce_scatter", "all_reduce")
+# Flags of libtpu with which the sparse cores of a TPU carry collectives, and its tensor core carries none in fusions.
+SPARSE_CORES = {
+    **{f"xla_tpu_enable_sparse_core_collective_offload_{kind}": "true" for kind in KINDS},
+    # Over a ring of devices; and over two or three axes of the chips' grid, as most meshes lie.
+    "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": "true",
+    **{f"xla_tpu_enable_{kind}_offload_tracing": "true" for kind in KINDS},
+    **{f"xla_tpu_enable_async_collective_fusion_fuse_{kind}": "false" for kind in KINDS},
+    "xla_tpu_use_tc_device_shape_on_sc": "true",
+    "xla_sc_disable_megacore_partitioning": "true",
+    "xla_sc_enable_instruction_fusion": "false",
+    "xla_sc_disjoint_spmem": "false",
+    "xla_tpu_use_enhanced_launch_barrier": "true",
+}
+
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag of XLA_FLAGS, a TPU's of LIBTPU_INIT_ARGS. deterministic: set only with `RunConfig.deterministic`."""
+    """A flag of XLA_FLAGS, a TPU's of LIBTPU_INIT_ARGS. only_with: the switch of a run (`switches_of`) that sets it."""
 
     name: str
     value: str
     platform: str
     reason: str
     source: str
-    deterministic: bool = False
+    only_with: str = ""
 
 
 FLAGS = (
@@ -31,7 +50,7 @@ FLAGS = (
         "no atomics in sums and scatters, and no kernels chosen by timing them, which differ between two compilations; "
         "slower where autotuning finds better ones, and a program without such kernels does not compile",
         "openxla/xla pull request 12520: a superset of xla_gpu_exclude_nondeterministic_ops",
-        deterministic=True,
+        only_with="deterministic",
     ),
     Flag(
         "xla_gpu_enable_latency_hiding_scheduler", "true", "cuda",
@@ -45,7 +64,7 @@ FLAGS = (
             "and 64 H100 by the schedules of their compiled steps: 211 to 191 ms and 182 to 155 ms, .4 and .7 GiB more",
             "docs.nvidia.com/jax-toolbox/environment-variables; measured by benchmarks/schedule_exposed.py",
         )
-        for kind in ("all_gather", "reduce_scatter", "all_reduce")
+        for kind in KINDS
     ),
     Flag(
         "xla_gpu_enable_while_loop_double_buffering", "true", "cuda",
@@ -54,18 +73,13 @@ FLAGS = (
     ),
     *(
         Flag(
-            name, "true", "tpu",
-            "gathers run inside of fusions beside matrix products, by all five flags together and by none alone; 7B on 64 "
-            "v5p and 64 v6e by the schedules of their compiled steps: 84.6 to 69.8 ms and 82.8 to 70.4, .2 and .1 GiB "
-            "more; a v5e has them by default",
-            "CF_FOR_ALL_GATHER in AI-Hypercomputer/maxtext benchmarks/xla_flags_library.py at 05d3525; measured by "
-            "benchmarks/schedule_exposed.py",
+            name, value, "tpu",
+            "less is waited for: 7B by the schedules of compiled steps PLACEHOLDER",
+            "ENABLE_SPARSECORE_OFFLOADING_FOR_RS_AG_AR and ENHANCED_LAUNCH_BARRIER in AI-Hypercomputer/maxtext "
+            "benchmarks/xla_flags_library.py; measured by benchmarks/schedule_exposed.py",
+            only_with="sparse_cores",
         )
-        for name in (
-            "xla_tpu_enable_async_collective_fusion", "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
-            "xla_tpu_enable_async_collective_fusion_multiple_steps", "xla_tpu_overlap_compute_collective_tc",
-            "xla_enable_async_all_gather",
-        )
+        for name, value in SPARSE_CORES.items()
     ),
     Flag(
         "xla_cpu_copy_insertion_use_region_analysis", "true", "cpu",
@@ -106,23 +120,29 @@ def variable(here: str) -> str:
     return "LIBTPU_INIT_ARGS" if here == "tpu" else "XLA_FLAGS"
 
 
-def added(environ: Mapping[str, str], deterministic: bool, here: str = "") -> list[Flag]:
-    """The flags that a run adds: those of its platform, except flags that the user has set. here: "": `platform`'s."""
-    here = here or platform(environ)
+def switches_of(run: RunConfig) -> frozenset[str]:
+    """The run's settings on which flags depend."""
+    switches = {"deterministic": run.deterministic, "sparse_cores": run.mesh.sparse_cores}
+    return frozenset(name for name, is_on in switches.items() if is_on)
+
+
+def added(environ: Mapping[str, str], switches: frozenset[str], here: str) -> list[Flag]:
+    """The flags that a run adds on a platform: its own, except those that the user has set."""
     set_by_user = {word.lstrip("-").partition("=")[0] for word in environ.get(variable(here), "").split()}
     return [
         flag for flag in FLAGS
-        if flag.platform == here and flag.name not in set_by_user and (deterministic or not flag.deterministic)
+        if flag.platform == here and flag.name not in set_by_user and flag.only_with in ("", *switches)
     ]  # fmt: skip
 
 
-def apply(deterministic: bool, *, whole_device: bool = True) -> str:
+def apply(switches: frozenset[str], here: str = "", *, whole_device: bool = True) -> str:
     """Adds the run's flags to `variable`, which is read once, at the first program; returns a line for the log.
 
-    whole_device: no other process uses this one's GPUs, so that it may take `MEMORY_FRACTION` of their memory.
+    switches: `switches_of` the run. here: the platform; "": `platform`'s. whole_device: no other process uses this one's
+      GPUs, so that it may take `MEMORY_FRACTION` of their memory.
     """
-    here = platform(os.environ)
-    flags = [f"--{flag.name}={flag.value}" for flag in added(os.environ, deterministic)]
+    here = here or platform(os.environ)
+    flags = [f"--{flag.name}={flag.value}" for flag in added(os.environ, switches, here)]
     before = os.environ.get(variable(here), "")
     if flags:
         os.environ[variable(here)] = " ".join([before, *flags]).strip()

@@ -8,29 +8,43 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medcg_jax.platform import FLAGS, MEMORY_FRACTION, added, apply, platform, variable
+from medcg_jax.config import RunConfig, replace
+from medcg_jax.platform import FLAGS, MEMORY_FRACTION, SPARSE_CORES, added, apply, platform, switches_of, variable
 
 values = st.sampled_from(("true", "false", "7"))
 
 
+SWITCHES = st.frozensets(st.sampled_from(("deterministic", "sparse_cores")))
+
+
 @given(
-    here=st.sampled_from(("cpu", "cuda", "gpu", "tpu", "cuda,cpu")), deterministic=st.booleans(),
+    here=st.sampled_from(("cpu", "cuda", "tpu")), switches=SWITCHES,
     own=st.dictionaries(st.sampled_from([flag.name for flag in FLAGS]), values),
 )  # fmt: skip
-def test_what_is_added_is_the_platform_s_and_not_the_user_s(here, deterministic, own):
-    wanted = {"gpu": "cuda", "cuda,cpu": "cuda"}.get(here, here)
-    environ = {"JAX_PLATFORMS": here, variable(wanted): " ".join(f"--{name}={value}" for name, value in own.items())}
-    found = added(environ, deterministic)
-    assert found == added(environ | {"JAX_PLATFORMS": "cpu"}, deterministic, wanted)
-    assert platform(environ) == wanted
+def test_what_is_added_is_the_platform_s_and_not_the_user_s(here, switches, own):
+    flags = added({variable(here): " ".join(f"--{name}={value}" for name, value in own.items())}, switches, here)
     for flag in FLAGS:
-        is_wanted = flag.platform == wanted and flag.name not in own and (deterministic or not flag.deterministic)
-        assert (flag in found) == is_wanted
+        is_wanted = flag.platform == here and flag.name not in own and flag.only_with in {"", *switches}
+        assert (flag in flags) == is_wanted
 
 
-def test_determinism_is_one_flag_of_gpus():
-    on, off = (added({"JAX_PLATFORMS": "cuda"}, deterministic) for deterministic in (True, False))
-    assert [flag.name for flag in on if flag not in off] == ["xla_gpu_deterministic_ops"]
+@pytest.mark.parametrize(("name", "expected"), [("gpu", "cuda"), ("cuda,cpu", "cuda"), ("tpu", "tpu"), ("cpu", "cpu")])
+def test_the_platform_is_the_first_that_is_named(name, expected):
+    assert platform({"JAX_PLATFORMS": name}) == expected
+
+
+def test_what_a_run_switches_on():
+    plain = replace(RunConfig(), deterministic=False)
+    flags = {
+        run: {flag.name for here in ("cpu", "cuda", "tpu") for flag in added({}, switches_of(config), here)}
+        for run, config in {
+            "plain": plain,
+            "deterministic": replace(plain, deterministic=True),
+            "sparse cores": replace(plain, mesh__sparse_cores=True),
+        }.items()
+    }
+    assert flags["deterministic"] - flags["plain"] == {"xla_gpu_deterministic_ops"}
+    assert flags["sparse cores"] - flags["plain"] == set(SPARSE_CORES)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +55,7 @@ def test_a_run_takes_most_of_its_gpu_s_memory(monkeypatch, here, whole_device, o
     monkeypatch.setenv("JAX_PLATFORMS", here)
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setenv(MEMORY_FRACTION[0], own) if own else monkeypatch.delenv(MEMORY_FRACTION[0], raising=False)
-    line = apply(True, whole_device=whole_device)
+    line = apply(frozenset({"deterministic"}), whole_device=whole_device)
     assert os.environ.get(MEMORY_FRACTION[0]) == expected
     assert (MEMORY_FRACTION[0] in line) == (expected == "0.90")
     os.environ.pop(MEMORY_FRACTION[0], None)
@@ -50,12 +64,12 @@ def test_a_run_takes_most_of_its_gpu_s_memory(monkeypatch, here, whole_device, o
 def test_a_tpu_s_flags_go_to_its_own_library(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "tpu")
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/tmp/x")
-    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_enable_async_all_gather=false")
-    line = apply(True)
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_sc_disjoint_spmem=true")
+    line = apply(frozenset({"sparse_cores"}))
     assert os.environ["XLA_FLAGS"] == "--xla_dump_to=/tmp/x"
     words = os.environ["LIBTPU_INIT_ARGS"].split()
-    assert words[0] == "--xla_enable_async_all_gather=false" and "--xla_enable_async_all_gather=true" not in words
-    assert "--xla_tpu_enable_async_collective_fusion=true" in words and "beside your --xla_enable_async" in line
+    assert words[0] == "--xla_sc_disjoint_spmem=true" and "--xla_sc_disjoint_spmem=false" not in words
+    assert len(words) == len(SPARSE_CORES) and "beside your --xla_sc_disjoint_spmem=true" in line
 
 
 KNOWN_TO_XLA = [flag for flag in FLAGS if flag.platform != "tpu"]

@@ -6,7 +6,6 @@ from medcg_jax.plan.simulate import Exposure, Simulation
 # The longest exposures that are named.
 LONGEST = 5
 WINDOWED = "xla_jf_spmd_threshold_for_windowed_einsum_mib"
-SPARSE_CORES = "xla_tpu_enable_sparse_core_collective_offload_"
 PIPELINED = "xla_gpu_enable_pipelined_"
 
 
@@ -57,8 +56,7 @@ def remedy(exposure: Exposure, simulation: Simulation, layout: Layout, *, device
         return "a larger train.batch_size, which puts more work beside the same bytes over the network, or a smaller mesh.data"
     is_sum = collective.kind in ("reduce-scatter", "all-reduce")
     if is_tpu and is_sum and exposure.loop and not exposure.start.is_async and not device.startswith("TPU v5 lite"):
-        # Compiled for v5p and v6e; a v5e has no such cores.
-        return f"{SPARSE_CORES}{collective.kind.replace('-', '_')}: sparse cores sum it beside computations"
+        return "--config.mesh.sparse_cores=true: sparse cores, which a v5e has not, sum it beside computations"
     if simulation.links_s > simulation.busy_s:
         return (
             f"a larger train.batch_size: the links are busy for {simulation.links_s * 1e3:,.1f} ms, longer than all "

@@ -20,7 +20,7 @@ import jax
 from jax.experimental import topologies
 
 from medcg_jax.config import ConfigError
-from medcg_jax.platform import FLAGS, added
+from medcg_jax.platform import FLAGS
 from medcg_jax.terminal import install
 
 GIB = 1 << 30
@@ -34,7 +34,7 @@ PACKAGES = (
 TPU_COUNTABLE = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 100_000_000}
 # A run's own flags; and Triton's tiles are chosen by timing them on a device, so Triton and autotuning are off.
 GPU_WITHOUT_DEVICE = {
-    flag.name: flag.value == "true" for flag in FLAGS if flag.platform == "cuda" and not flag.deterministic
+    flag.name: flag.value == "true" for flag in FLAGS if flag.platform == "cuda" and not flag.only_with
 } | {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 # A run's own that decide how much memory its programs take.
 CPU_OPTIONS = {flag.name: flag.value for flag in FLAGS if flag.name == "xla_disable_hlo_passes"}
@@ -195,9 +195,7 @@ def compiler_options(device: jax.Device, countable: bool = True) -> dict:
     kind = device.device_kind
     if kind.startswith("TPU"):
         folder = tempfile.mkdtemp(dir=_dumps().name)
-        # A run's own; options of a program would replace what the user's environment says.
-        own = {flag.name: flag.value == "true" for flag in added(os.environ, deterministic=False, here="tpu")}
-        return own | (TPU_COUNTABLE if countable else {}) | {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        return (TPU_COUNTABLE if countable else {}) | {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
     return GPU_WITHOUT_DEVICE if kind.startswith("NVIDIA") else {}
 
 

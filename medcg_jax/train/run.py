@@ -91,7 +91,7 @@ def train_config(config: Any, workdir: str | Path = "") -> dict:
         raise ConfigError(f"config of type {type(config).__name__}; expected a file, a ConfigDict or a RunConfig")
     if joined := cluster.detect(os.environ):
         raise ConfigError(f"this is one of several processes, by {joined.how}; `medcg train` runs them together")
-    platform.apply(run.deterministic)
+    platform.apply(platform.switches_of(run))
     keep_programs()
     return train(run, Path(user_path(str(workdir), "workdir") if workdir else Path("runs") / run.name))
 

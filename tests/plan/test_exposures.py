@@ -29,11 +29,11 @@ def described(kind="all-gather", axis="fsdp", *, device=TPU, full=True, is_async
     [
         (dict(full=False), "--full_effort"),
         (dict(axis="data"), "smaller mesh.data"),
-        (dict(work=10), "so no flag hides it"),
+        (dict(work=10), "so no flag hides all of it"),
         (dict(kind="all-reduce", axis="tensor"), "smaller mesh.tensor"),
         (dict(loop=False), "outside of the layers' loops"),
         (dict(), "xla_jf_spmd_threshold_for_windowed_einsum_mib"),
-        (dict(kind="reduce-scatter", device="TPU v5"), "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter"),
+        (dict(kind="reduce-scatter", device="TPU v5"), "mesh.sparse_cores=true"),
         (dict(is_async=True), "a larger train.batch_size"),
         (dict(kind="reduce-scatter", device=GPU, is_async=True), "xla_gpu_enable_pipelined_reduce_scatter"),
     ],

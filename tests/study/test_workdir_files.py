@@ -119,7 +119,7 @@ def test_a_meta_that_is_no_object_is_none(tmp_path):
 def test_a_grid_goes_on_with_other_values_of_what_changes_no_result(tmp_path):
     run = run_of()
     others = {
-        "name": "other", "mesh.cell": 2, "mesh.data": 4, "mesh.fsdp": 2, "mesh.tensor": 2, "mesh.elastic": True,
+        "name": "other", "mesh.cell": 2, "mesh.data": 4, "mesh.fsdp": 2, "mesh.tensor": 2, "mesh.elastic": True, "mesh.sparse_cores": True,
             "model.attention": "plain",
         "model.remat": "full", "model.scan_unroll": 1, "study.jobs": 3, "study.base_dir": "/b", "study.cells_at_once": 4,
         "log.tensorboard": False, "log.wandb": "w", "log.profile_steps": "1:2", "eval.features_gib": 0.5,
