@@ -2,13 +2,21 @@
 
 Nothing is read or allocated: the rows of each host are computed, not loaded, for a release and for what `medcg convert`
 writes; beside them what the host's devices hold. Hosts have four devices, as on a v5e:16x16. Of a release the 4 KiB pages
-are counted that hold the rows; a chunk of ours is read whole (before it is compressed). A file system's read-ahead is
-not counted. Exit status 1: a host reads more than 1.1 times what its devices hold.
+are counted that hold the rows; a chunk of ours is read whole (before it is compressed).
+
+`--checkpoint=FOLDER` reads instead: the rows of some of the hosts, one host after another, of a release or of what
+`medcg convert` wrote, and prints the bytes that the disk gave, by Linux's count for the process, read-ahead included. The
+files' cached pages are dropped first.
+
+Exit status 1: a host reads more than 1.1 times what its devices hold.
 """
 
 import argparse
 import math
+import os
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,7 +24,8 @@ import numpy as np
 from benchmarks.records import write_record
 from medcg_jax.config import MeshConfig
 from medcg_jax.families import build
-from medcg_jax.families.weights import engine
+from medcg_jax.families.weights import engine, orbax_leaves
+from medcg_jax.families.weights.convert import open_leaves, read_config
 from medcg_jax.families.weights.families import module_of
 from medcg_jax.families.weights.orbax_leaves import chunk_bytes
 from medcg_jax.families.weights.tables import spans_of
@@ -29,6 +38,7 @@ MESH = MeshConfig(data=1, fsdp=64, tensor=4)
 SIZES = ("llava15_7b", "llava15_13b", "qwen2_vl_7b", "llama32_vision_11b", "minigpt_v2_7b", "next_chat_7b_336")
 # Releases are in sixteen bits.
 ITEM, PAGE, ALLOWED = 2, 4096, 1.1
+MEASURED_HOSTS = (0, 21, 42, 63)
 
 
 def rows_of_hosts(shape: tuple[int, ...], mesh) -> list[tuple[int, int]]:
@@ -84,11 +94,52 @@ def measure(config) -> dict[str, float]:
     }
 
 
+def read_by_hosts(directory: Path, hosts: Sequence[int]) -> list[dict[str, float]]:
+    """For each host: bytes that its devices hold in the files' dtype, and that the disk gave for them.
+
+    Raises:
+      WeightsError: no checkpoint that can be read.
+    """
+    orbax_leaves.is_one_of_several = lambda: True  # as in each of the 64 processes
+    config, mesh = read_config(directory), make_mesh(MESH)
+    shardings, abstract = engine.by_path(build.shardings(config, mesh)), engine.by_path(build.abstract(config)[1])
+    result = []
+    for host in hosts:
+        held, leaves = 0, engine.by_path(open_leaves(directory))
+        for file in directory.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as opened:
+                    os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        before = from_disk()
+        for path, leaf in leaves.items():
+            held += int(held_by_hosts(tuple(abstract[path].shape), shardings[path])[host]) // ITEM * leaf.dtype.itemsize
+            for layer in range(leaf.shape[0]) if leaf.stacked else (None,):
+                stored = leaf.stored(layer)
+                first, last = rows_of_hosts(stored.shape or (1,), mesh)[host]
+                if last > first:
+                    stored.read((slice(first, last),) if stored.shape else ())
+        result.append({"host": host, "held": held, "read": from_disk() - before})
+    return result
+
+
+def from_disk() -> int:
+    """Bytes that the disk gave to this process so far."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text(encoding="utf-8").splitlines())
+    return int(fields["read_bytes"])
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("sizes", nargs="*", default=SIZES, metavar="SIZE")
+    parser.add_argument("--checkpoint", default="", metavar="FOLDER")
     parser.add_argument("--json", default="", metavar="FILE")
     args = parser.parse_args(argv)
+    if args.checkpoint:
+        read = read_by_hosts(Path(args.checkpoint), MEASURED_HOSTS)
+        for of_host in read:
+            ratio = of_host["read"] / of_host["held"]
+            print(f"host {of_host['host']}: holds {of_host['held']:,} bytes, read {of_host['read']:,} ({ratio:.3f})")
+        return int(any(of_host["read"] > ALLOWED * of_host["held"] for of_host in read))
     result = {name: measure(build.SIZES[name]()) for name in args.sizes}
     for name, of_host in result.items():
         print(

@@ -74,7 +74,8 @@ FLAGS = (
     *(
         Flag(
             name, value, "tpu",
-            "less is waited for: 7B by the schedules of compiled steps PLACEHOLDER",
+            "sums and gathers run beside computations; 7B on 64 v5p and 64 v6e by the schedules of their compiled steps: "
+            "84.6 to 61.4 ms and 82.8 to 66.0; never run",
             "ENABLE_SPARSECORE_OFFLOADING_FOR_RS_AG_AR and ENHANCED_LAUNCH_BARRIER in AI-Hypercomputer/maxtext "
             "benchmarks/xla_flags_library.py; measured by benchmarks/schedule_exposed.py",
             only_with="sparse_cores",

@@ -63,10 +63,11 @@ class Layout:
         return axes
 
 
-def full_all_reduce(collectives: Iterable[Collective], layout: Layout) -> list[Finding]:
+def full_all_reduce(collectives: Iterable[Collective], layout: Layout, unless: str = "") -> list[Finding]:
     """`full-all-reduce`: gradients of parameters that fsdp splits are reduced whole, at twice the bytes.
 
-    Only gradients of parameters that fsdp does not split, and scalars, need an all-reduce over fsdp.
+    Only gradients of parameters that fsdp does not split, and scalars, need an all-reduce over fsdp. unless: what may
+    still be otherwise, for the end of the text.
     """
     reductions = [c for c in collectives if c.kind == "all-reduce" and "fsdp" in layout.joined(c)]
     total = sum(c.total_bytes for c in reductions)
@@ -75,7 +76,7 @@ def full_all_reduce(collectives: Iterable[Collective], layout: Layout) -> list[F
     reductions.sort(key=lambda c: -c.total_bytes)
     text = (
         f"{total / 1e9:.2f} GB are reduced whole over fsdp where a reduce-scatter belongs "
-        f"({layout.whole_bytes / 1e9:.2f} GB are of parameters that it does not split)"
+        f"({layout.whole_bytes / 1e9:.2f} GB are of parameters that it does not split){unless}"
     )
     return [Finding("full-all-reduce", text, total, _names(reductions))]
 

@@ -1,7 +1,8 @@
 """Tensor files of released checkpoints, read and written one tensor at a time: safetensors, PyTorch's .bin shards.
 
-The `safetensors` library reads and checks its format; it cannot write a file in parts, so that is done here (8 bytes of
-header length, a JSON header, raw little-endian data). Source: huggingface/safetensors:README.md, "Format".
+The `safetensors` library checks its format. It cannot read rows without mapping the file, nor write a file in parts, so both
+are done here (8 bytes of header length, a JSON header, raw little-endian data). Source: huggingface/safetensors:README.md,
+"Format".
 """
 
 import json
@@ -186,7 +187,7 @@ def open_safetensors(path: Path) -> Tensors:
         ) from error
     # Parsed again, because the library takes the last of two entries of one name.
     try:
-        untrusted.parsed(untrusted.decoded(header[8:], path), f"{path}, header")
+        entries = untrusted.parsed(untrusted.decoded(header[8:], path), f"{path}, header")
     except untrusted.FileError as error:
         raise WeightsError(str(error)) from error
 
@@ -197,15 +198,42 @@ def open_safetensors(path: Path) -> Tensors:
         return np.dtype(DTYPES[stated[name][1]])
 
     def read(name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        dtype(name)
-        # Opened again for each tensor: pages of a file that stays mapped stay in the process's memory.
+        shape, itemsize = stated[name][0], dtype(name).itemsize
+        first, last, _ = index[0].indices(shape[0]) if index else (0, shape[0] if shape else 1, 1)
+        row_bytes = math.prod(shape[1:]) * itemsize
+        start = len(header) + entries[name]["data_offsets"][0] + first * row_bytes
         try:
-            with safe_open(path, "numpy") as file:
-                return file.get_slice(name)[index] if index else file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
+            data = _exactly(path, start, max(last - first, 0) * row_bytes)
+        except OSError as error:
             raise WeightsError(f"{path} cannot be read at {name}: {error}") from error
+        return data.view(dtype(name)).reshape((max(last - first, 0), *shape[1:]) if shape else ())
 
     return Tensors({name: shape for name, (shape, _) in stated.items()}, read, dtype, lambda name: str(path))
+
+
+def _exactly(path: Path, start: int, num_bytes: int) -> np.ndarray:
+    """uint8[num_bytes] of a file from byte `start` on.
+
+    Neither mapped nor read ahead: around each row of a mapped file a file system fetches as much as it is set to, which
+    may be megabytes, and 64 hosts then fetch the file several times.
+
+    Raises:
+      OSError: it cannot be read, or ends before.
+    """
+    data = np.empty(num_bytes, np.uint8)
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    try:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(number, 0, 0, os.POSIX_FADV_RANDOM)
+        done = 0
+        while done < num_bytes:
+            count = os.preadv(number, [data.data[done:]], start + done)
+            if not count:
+                raise OSError(f"it ends {num_bytes - done:,} bytes before the end of the tensor")
+            done += count
+    finally:
+        os.close(number)
+    return data
 
 
 def _header(path: Path) -> bytes:
