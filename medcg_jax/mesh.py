@@ -61,10 +61,15 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] |
     activations at every layer; between islands they exchange each gradient's shard once, and between cells nothing.
 
     Raises:
-      ConfigError: as `mesh_shape`; or fsdp or tensor would cross islands, or islands differ in size.
+      ConfigError: as `mesh_shape`; or fsdp or tensor would cross islands, or islands differ in size; or sparse cores are
+        asked for where there are none.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(config, len(devices))
+    kind = devices[0].device_kind
+    # A CPU is asked about a pod's configuration in rehearsals.
+    if config.sparse_cores and (kind.startswith("TPU v5 lite") or devices[0].platform == "gpu"):
+        raise ConfigError(f"mesh.sparse_cores=true: a {kind} has none; expected false")
     sizes = Counter(islands(devices))
     if len(sizes) == 1:
         # Except on a v5e, `jax.make_mesh` refuses to split a side of the chips' grid, as four cells of a v6e:8x8 do.

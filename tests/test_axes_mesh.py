@@ -116,6 +116,14 @@ def test_what_an_elastic_mesh_costs_is_said():
     ]
 
 
+@pytest.mark.parametrize(("kind", "platform"), [("TPU v5 lite", "tpu"), ("NVIDIA H100 80GB HBM3", "gpu")])
+def test_sparse_cores_are_refused_where_there_are_none(kind, platform):
+    devices = [SimpleNamespace(device_kind=kind, platform=platform)]
+    with pytest.raises(ConfigError, match=f"mesh.sparse_cores=true: a {kind} has none; expected false"):
+        make_mesh(MeshConfig(sparse_cores=True), devices)
+    assert make_mesh(MeshConfig(sparse_cores=True)).size == len(jax.devices())
+
+
 @settings(deadline=None)
 @given(*[st.sampled_from((-1, 1, 2, 3, 4, 8, 16))] * 4, st.integers(1, 16))
 def test_the_flags_that_are_named_fit(cell, data, fsdp, tensor, devices):
