@@ -2,12 +2,12 @@
 
     python -m benchmarks.schedule_exposed [--option=NAME=VALUE ...] [--label=WORD] [--json=FILE] [TOPOLOGY ...]
 
-The meshes are those of `benchmarks.meshes`, unless `--mesh=DATAxFSDPxTENSOR` names one. Programs are compiled with the compiler's full effort, as a run's; their
-schedules are simulated at published peaks, and nothing is executed. `--option=NAME=` takes an option back that plan sets;
-`--option=xla_gpu_enable_pipelined_all_gather=false` is how to see what a flag of `platform.py` does, `--sparse_cores` what
-`mesh.sparse_cores` does. A record keeps the
-rows of other labels and topologies, each with its libtpu: compare within one. `--texts=FOLDER` keeps the programs'
-texts, and takes those that are there instead of compiling.
+The meshes are those of `benchmarks.meshes`, unless `--mesh=DATAxFSDPxTENSOR` names one. Programs are compiled with the
+compiler's full effort, as a run's; their schedules are simulated at published peaks, and nothing is executed.
+`--option=NAME=` takes an option back that plan sets; `--option=xla_gpu_enable_pipelined_all_gather=false` is how to see what
+a flag of `platform.py` does, `--sparse_cores` what `mesh.sparse_cores` does. A record keeps the rows of other labels and
+topologies, each with its libtpu: compare within one. `--texts=FOLDER` keeps the programs' texts, and takes those that are
+there instead of compiling.
 """
 
 import argparse
