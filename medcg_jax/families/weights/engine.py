@@ -291,10 +291,14 @@ class _Piece:
         shape, where = rows_over(self.mesh, (num_rows, *inner))
         spans = [spans_of(index, shape)[0] for index in _local_indices(where, shape)]
         first, last = min(start for start, _ in spans), max(stop for _, stop in spans)
+        end = max(first, min(last, num_rows))
+        if end == first:
+            return np.zeros((last - first, *inner), self.dtype)
+        stored = self.stored.read((slice(first, end),) if self.stored.shape else ())
+        if end == last:
+            return stored.astype(self.dtype, copy=False).reshape(last - first, *inner)
         rows = np.zeros((last - first, *inner), self.dtype)
-        if first < num_rows:
-            end = min(last, num_rows)
-            rows[: end - first] = self.stored.read((slice(first, end),) if self.stored.shape else ())
+        rows[: end - first] = stored
         return rows
 
     def placed(self, rows: np.ndarray):

@@ -7,6 +7,7 @@ are done here (8 bytes of header length, a JSON header, raw little-endian data).
 
 import json
 import math
+import mmap
 import os
 import pickletools
 import shutil
@@ -220,7 +221,8 @@ def _exactly(path: Path, start: int, num_bytes: int) -> np.ndarray:
     Raises:
       OSError: it cannot be read, or ends before.
     """
-    data = np.empty(num_bytes, np.uint8)
+    # Not from the heap, which keeps what is freed (`platform.keep_freed_memory`).
+    data = np.frombuffer(mmap.mmap(-1, max(num_bytes, 1)), np.uint8, num_bytes)
     number = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     try:
         if hasattr(os, "posix_fadvise"):
