@@ -22,6 +22,8 @@ from medcg_jax.families.weights.tables import Index, Reordered
 # A layer of a matrix, or a whole one, is stored in about so many chunks, so that as many hosts read it once together: a
 # chunk is read whole. Below `LEAST_CHUNK_BYTES` files would be slow.
 NUM_CHUNKS, LEAST_CHUNK_BYTES = 64, 1 << 15
+# Chunks that are read at once: all of a layer's would stand in memory beside the layer.
+AT_ONCE = 16
 
 
 class LeafHandler(type_handlers.TypeHandler):
@@ -98,12 +100,18 @@ def _by_chunks(store: tensorstore.TensorStore, layer: int | None) -> Stored:
 
     def read(index: Index) -> np.ndarray:
         numbers = range(count)[index[0]] if index else range(count)
-        corners = (np.unravel_index(number, grid) for number in numbers)
-        reads = [
-            store[(*before, *(slice(int(i) * n, int(i + 1) * n) for i, n in zip(corner, sizes, strict=True)))].read()
-            for corner in corners
-        ]
-        return np.stack([each.result() for each in reads])
+        chunks = np.empty((len(numbers), *sizes), store.dtype.numpy_dtype)
+        for first in range(0, len(numbers), AT_ONCE):
+            corners = [np.unravel_index(number, grid) for number in numbers[first : first + AT_ONCE]]
+            reads = [
+                store[
+                    (*before, *(slice(int(i) * n, int(i + 1) * n) for i, n in zip(corner, sizes, strict=True)))
+                ].read()
+                for corner in corners
+            ]
+            for place, chunk in enumerate(reads, first):
+                chunks[place] = chunk.result()
+        return chunks
 
     order = tuple(axis for pair in zip(range(len(grid)), range(len(grid), 2 * len(grid)), strict=True) for axis in pair)
     return Stored((count, *sizes), read, Reordered((*grid, *sizes), order, shape))
