@@ -23,7 +23,7 @@ from benchmarks.meshes import MESHES
 from benchmarks.records import write_record
 from medcg_jax import platform
 from medcg_jax.chips import peak_of
-from medcg_jax.config import ConfigError, MeshConfig, RunConfig, RunError, replace
+from medcg_jax.config import ConfigError, MeshConfig, RunConfig, RunError, replace, xla_switches
 from medcg_jax.config_file import load
 from medcg_jax.mesh import islands, make_mesh
 from medcg_jax.plan import exposures, schedule, topology
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = json.loads(Path(args.json).read_text(encoding="utf-8"))["rows"] if os.path.exists(args.json) else []
     try:
         run, options, mesh = load(CONFIG, {}), parsed(args.option), parsed_mesh(args.mesh)
-        platform.apply(platform.switches_of(replace(run, mesh__sparse_cores=args.sparse_cores)), "tpu")
+        platform.apply(xla_switches(replace(run, mesh__sparse_cores=args.sparse_cores)), "tpu")
         with effort(full=True):
             for where in args.topologies or TOPOLOGIES:
                 name = f"{where.replace(':', '_')}_{args.label}.txt"

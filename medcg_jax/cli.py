@@ -19,7 +19,7 @@ from medcg_jax.cli_ask import add_ask
 from medcg_jax.cli_config import add_config, add_config_flags
 from medcg_jax.cli_data import add_data
 from medcg_jax.cli_parser import Parser, Version, add, add_amount, unknown_flag
-from medcg_jax.config import ConfigError, Interrupted, RunConfig, RunError
+from medcg_jax.config import ConfigError, Interrupted, RunConfig, RunError, xla_switches
 from medcg_jax.data.records import DataError
 from medcg_jax.files import user_path, write_whole
 from medcg_jax.memory import explained, is_out_of_memory
@@ -225,7 +225,7 @@ def started(args: argparse.Namespace, run: RunConfig) -> Iterator[None]:
     flags = {name: getattr(args, name) for name in ("coordinator", "num_processes", "process_id")}
     joined = cluster.detect(os.environ, **flags)
     whole_device = args.verb != "reproduce" or run.study.jobs == 1
-    flags_line = xla_flags.apply(xla_flags.switches_of(run), whole_device=whole_device)
+    flags_line = xla_flags.apply(xla_switches(run), whole_device=whole_device)
     if joined:
         from medcg_jax.agreement import check_agreement
 
@@ -441,7 +441,7 @@ def report_benchmarks(args) -> dict:
 
 def run_bench(args) -> dict:
     run = resolved(args)
-    flags_line = xla_flags.apply(xla_flags.switches_of(run))
+    flags_line = xla_flags.apply(xla_switches(run))
     if terminal.shows_details():
         print(flags_line, flush=True)
     from medcg_jax.bench.run import DEFAULT, bench
@@ -460,7 +460,7 @@ def run_plan(args) -> dict:
     from medcg_jax.study.run import dry
     from medcg_jax.train.start import with_sizes
 
-    xla_flags.apply(xla_flags.switches_of(run), "tpu")  # libtpu reads them when it is loaded, to compile for a TPU
+    xla_flags.apply(xla_switches(run), "tpu")  # libtpu reads them when it is loaded, to compile for a TPU
     run = with_sizes(run)
     common = {"full_effort": args.full_effort, "memory_bytes": args.memory_gib * (1 << 30)}
     if args.search:

@@ -421,6 +421,12 @@ def marked(mark: str, cls: type = RunConfig, prefix: str = "") -> frozenset[str]
     return frozenset(names)
 
 
+def xla_switches(run: RunConfig) -> frozenset[str]:
+    """The settings on which flags of XLA depend (`platform.FLAGS`)."""
+    switches = {"deterministic": run.deterministic, "sparse_cores": run.mesh.sparse_cores}
+    return frozenset(name for name, is_on in switches.items() if is_on)
+
+
 def free_fields() -> frozenset[str]:
     """The fields that change no result: a run or grid may continue with other values of them."""
     return marked("free")

@@ -12,8 +12,6 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from medcg_jax.config import RunConfig
-
 KINDS = ("all_gather", "reduce_scatter", "all_reduce")
 # Flags of libtpu with which the sparse cores of a TPU carry collectives, and its tensor core carries none in fusions.
 SPARSE_CORES = {
@@ -34,7 +32,7 @@ SPARSE_CORES = {
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag of XLA_FLAGS, a TPU's of LIBTPU_INIT_ARGS. only_with: the switch of a run (`switches_of`) that sets it."""
+    """A flag of XLA_FLAGS, a TPU's of LIBTPU_INIT_ARGS. only_with: the switch of a run (`config.xla_switches`) that sets it."""
 
     name: str
     value: str
@@ -121,12 +119,6 @@ def variable(here: str) -> str:
     return "LIBTPU_INIT_ARGS" if here == "tpu" else "XLA_FLAGS"
 
 
-def switches_of(run: RunConfig) -> frozenset[str]:
-    """The run's settings on which flags depend."""
-    switches = {"deterministic": run.deterministic, "sparse_cores": run.mesh.sparse_cores}
-    return frozenset(name for name, is_on in switches.items() if is_on)
-
-
 def added(environ: Mapping[str, str], switches: frozenset[str], here: str) -> list[Flag]:
     """The flags that a run adds on a platform: its own, except those that the user has set."""
     set_by_user = {word.lstrip("-").partition("=")[0] for word in environ.get(variable(here), "").split()}
@@ -139,7 +131,7 @@ def added(environ: Mapping[str, str], switches: frozenset[str], here: str) -> li
 def apply(switches: frozenset[str], here: str = "", *, whole_device: bool = True) -> str:
     """Adds the run's flags to `variable`, which is read once, at the first program; returns a line for the log.
 
-    switches: `switches_of` the run. here: the platform; "": `platform`'s. whole_device: no other process uses this one's
+    switches: `config.xla_switches` of the run. here: the platform; "": `platform`'s. whole_device: no other process uses this one's
       GPUs, so that it may take `MEMORY_FRACTION` of their memory.
     """
     here = here or platform(os.environ)

@@ -63,11 +63,11 @@ def test_train_takes_a_file_a_config_and_a_run(tmp_path, monkeypatch):
 
     seen = []
     monkeypatch.setattr(train_run, "train", lambda run, workdir: seen.append((run, workdir)) or {"steps": 1})
-    monkeypatch.setattr("medcg_jax.platform.apply", lambda deterministic: seen.append(deterministic))
+    monkeypatch.setattr("medcg_jax.platform.apply", lambda switches: seen.append(switches))
     expected = load(TINY)
     for config in (TINY, to_config_dict(expected), expected):
         assert medcg_jax.train(config, tmp_path / "run") == {"steps": 1}
-    assert seen == [True, (expected, tmp_path / "run")] * 3
+    assert seen == [frozenset({"deterministic"}), (expected, tmp_path / "run")] * 3
     medcg_jax.train(expected)
     assert seen[-1] == (expected, Path("runs") / expected.name)
     with pytest.raises(ConfigError, match="train.batch_size"):

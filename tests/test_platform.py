@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medcg_jax.config import RunConfig, replace
-from medcg_jax.platform import FLAGS, MEMORY_FRACTION, SPARSE_CORES, added, apply, platform, switches_of, variable
+from medcg_jax.config import RunConfig, replace, xla_switches
+from medcg_jax.platform import FLAGS, MEMORY_FRACTION, SPARSE_CORES, added, apply, platform, variable
 
 values = st.sampled_from(("true", "false", "7"))
 
@@ -36,7 +36,7 @@ def test_the_platform_is_the_first_that_is_named(name, expected):
 def test_what_a_run_switches_on():
     plain = replace(RunConfig(), deterministic=False)
     flags = {
-        run: {flag.name for here in ("cpu", "cuda", "tpu") for flag in added({}, switches_of(config), here)}
+        run: {flag.name for here in ("cpu", "cuda", "tpu") for flag in added({}, xla_switches(config), here)}
         for run, config in {
             "plain": plain,
             "deterministic": replace(plain, deterministic=True),

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from medcg_jax.config import ConfigError, RunConfig, TrainConfig
+from medcg_jax.config import ConfigError, RunConfig, TrainConfig, xla_switches
 from medcg_jax.config_checks import profile_steps
 from medcg_jax.data.encoding import Encoded, cut_rows, row_length
 from medcg_jax.data.leaks import KINDS, Leak, actions_of, actions_of_general, find_leaks, hashed, joined, remedy, words
@@ -91,7 +91,7 @@ def train_config(config: Any, workdir: str | Path = "") -> dict:
         raise ConfigError(f"config of type {type(config).__name__}; expected a file, a ConfigDict or a RunConfig")
     if joined := cluster.detect(os.environ):
         raise ConfigError(f"this is one of several processes, by {joined.how}; `medcg train` runs them together")
-    platform.apply(platform.switches_of(run))
+    platform.apply(xla_switches(run))
     keep_programs()
     return train(run, Path(user_path(str(workdir), "workdir") if workdir else Path("runs") / run.name))
 
