@@ -134,6 +134,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", default="", metavar="FOLDER")
     parser.add_argument("--json", default="", metavar="FILE")
     args = parser.parse_args(argv)
+    if args.checkpoint and args.json:
+        parser.error("--json with --checkpoint: expected one of them; what is read is printed alone")
     if args.checkpoint:
         read = read_by_hosts(Path(args.checkpoint), MEASURED_HOSTS)
         for of_host in read:

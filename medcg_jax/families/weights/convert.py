@@ -264,7 +264,7 @@ def load_checkpoint(
     `config.base` quantises on the devices, one layer at a time. Adapters that the checkpoint lacks are initialised from
     `seed`. Trained parts replace those of the checkpoint that they were trained on (in model.json, or `parts["base"]`).
     Vocabulary rows beyond those of `config` are dropped (llava-hf pads 32000 to 32064).
-    A host reads only the slices that its devices hold, and has at most two layers of one tensor beside them.
+    A host reads its share of all rows, which the devices exchange, and has at most two layers of one tensor beside them.
 
     Raises:
       WeightsError: no checkpoint, another architecture, or tensors missing, unused or misshapen.

@@ -1,6 +1,6 @@
 """Released tensors to parameters and back, by a model's table (`weights.tables`); strict both ways.
 
-Parameters go from files to devices, or to other files, as `Leaf`s: a host reads only the slices that its devices hold,
+Parameters go from files to devices, or to other files, as `Leaf`s: a host reads its share of all rows,
 one layer at a time.
 """
 
